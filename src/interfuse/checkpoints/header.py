@@ -1,0 +1,189 @@
+"""The header of a .safetensors file: names, types, shapes and byte ranges, read with suspicion and written exactly.
+
+Not a reader of tensors: nothing here touches the data. A file comes from anyone, so each claim of its header is checked
+against the others and against the file's size before it is used. Source: the safetensors format description,
+https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from interfuse.errors import CheckpointError, Problem
+
+#: safetensors type -> NumPy's type of the same bytes. NumPy has no bfloat16 or float8: their bits travel as integers.
+STORAGE: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"),
+    "F8_E8M0": np.dtype("u1"),
+    "C64": np.dtype("<c8"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+_LONGEST = 100_000_000  # bytes of header that the format allows
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a header says of one tensor: its type by safetensors' name (`"F32"`, `"BF16"`, `"I64"`, ...) and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """How many elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes."""
+        return self.count * self.storage.itemsize
+
+    @property
+    def storage(self) -> np.dtype[Any]:
+        """NumPy's type of the stored elements; bfloat16 is `uint16`."""
+        return STORAGE[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+class Entry(NamedTuple):
+    """A tensor's spec and the byte in the file where its data begins."""
+
+    spec: TensorSpec
+    offset: int
+
+
+def encode_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, Entry]]:
+    """The first bytes of a file that holds these tensors, and where each one's data belongs in it.
+
+    Data is laid out by falling element size, so that every tensor is aligned; the names keep their order.
+    """
+    starts: dict[str, int] = {}
+    end = 0
+    for name in sorted(specs, key=lambda name: -specs[name].storage.itemsize):
+        starts[name] = end
+        end += specs[name].nbytes
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, spec in specs.items():
+        offsets = [starts[name], starts[name] + spec.nbytes]
+        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: Entry(spec, len(head) + starts[name]) for name, spec in specs.items()}
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a .safetensors file in the order of its header, or a `CheckpointError` with all that is wrong."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST):
+                wrong = f"the header should be {length} bytes, the file has {size}" if size >= 8 else f"{size} bytes long"
+                raise CheckpointError(_damaged(path, wrong))
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(Problem(str(path), f"can't be read: {error.strerror}")) from None
+    entries = _parse(path, text)
+    return _entries(path, entries, start=8 + length, end=size)
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    repeated: list[str] = []
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen = dict(items)
+        if len(seen) < len(items):
+            names = [name for name, _ in items]
+            repeated.extend(name for name in seen if names.count(name) > 1)
+        return seen
+
+    try:
+        entries = json.loads(text.decode(), object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(_damaged(path, f"the header isn't JSON ({type(error).__name__})")) from None
+    if repeated:
+        raise CheckpointError(*(_damaged(path, f"{name!r} is there more than once") for name in repeated))
+    if not isinstance(entries, dict):
+        raise CheckpointError(_damaged(path, f"the header is a {type(entries).__name__}, not an object"))
+    entries.pop("__metadata__", None)
+    return entries
+
+
+def _entries(path: Path, entries: dict[str, Any], start: int, end: int) -> dict[str, Entry]:
+    found: dict[str, Entry] = {}
+    problems = []
+    for name, entry in entries.items():
+        wrong = _wrong(entry, end - start)
+        if wrong:
+            problems.append(_damaged(path, f"tensor {name!r}: {wrong}"))
+        else:
+            found[name] = Entry(TensorSpec(entry["dtype"], tuple(entry["shape"])), start + entry["data_offsets"][0])
+    if not problems:
+        problems = [_damaged(path, wrong) for wrong in _gaps(found, start, end)]
+    if problems:
+        raise CheckpointError(*problems)
+    return found
+
+
+def _wrong(entry: Any, size: int) -> str:
+    """What is wrong with one tensor's entry, or nothing."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return "its entry must have dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in STORAGE:
+        return f"unknown dtype {dtype!r}"
+    if not _counts(shape):
+        return f"bad shape {shape!r}"
+    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"bad data_offsets {offsets!r}"
+    if offsets[1] > size:
+        return f"its data ends at byte {offsets[1]}, the file has {size} bytes of data"
+    spec = TensorSpec(dtype, tuple(shape))
+    if spec.nbytes != offsets[1] - offsets[0]:
+        return f"{spec} takes {spec.nbytes} bytes, data_offsets give {offsets[1] - offsets[0]}"
+    return ""
+
+
+def _counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _gaps(found: Mapping[str, Entry], start: int, end: int) -> list[str]:
+    """Where tensors overlap, and where bytes belong to none."""
+    wrong, at, last = [], start, ""
+    for name, (spec, offset) in sorted(found.items(), key=lambda item: (item[1].offset, item[1].spec.nbytes)):
+        if offset < at:
+            wrong.append(f"tensor {name!r} overlaps {last!r}")
+        elif offset > at:
+            wrong.append(f"{offset - at} bytes before tensor {name!r} belong to no tensor")
+        at, last = max(at, offset + spec.nbytes), name
+    if at < end:
+        wrong.append(f"the last {end - at} bytes belong to no tensor")
+    return wrong
+
+
+def _damaged(path: Path, wrong: str) -> Problem:
+    return Problem(str(path), f"damaged: {wrong}", "get the file again")

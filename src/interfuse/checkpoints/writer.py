@@ -1,0 +1,186 @@
+"""Files that appear whole or not at all: one .safetensors block by block, and a folder put in place by a rename.
+
+Not a store: what is written here is read by `source`, by safetensors and by whatever loads the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from interfuse.checkpoints.header import TensorSpec, encode_header
+from interfuse.errors import CheckpointError, Problem
+
+
+class TensorWriter:
+    """One .safetensors file whose tensors are known before their data; a context manager.
+
+    A class, because it holds an open file between calls. The file takes its name when the block ends without an
+    exception and every byte has come; until then it has a temporary name beside it.
+    """
+
+    def __init__(self, path: str | Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None):
+        self.path = Path(path)
+        self._specs = dict(specs)
+        self._head, self._entries = encode_header(specs, metadata)
+        self._done = dict.fromkeys(specs, 0)
+        self._part = self.path.with_name(f".interfuse-{secrets.token_hex(8)}.part")
+        self._file: Any = None
+
+    def __enter__(self) -> TensorWriter:
+        self._file = self._part.open("xb", buffering=0)
+        try:
+            _write(self._file, self._head, 0)
+            self._file.truncate(len(self._head) + sum(spec.nbytes for spec in self._specs.values()))
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def append(self, name: str, array: np.ndarray) -> None:
+        """Write the next elements of tensor `name`, in row-major order; blocks may have any length and shape.
+
+        `array` has the storage type: `uint16` for BF16. A wrong name or type, or too many elements, is a
+        `CheckpointError`.
+        """
+        spec = _next(self._specs, self._done, name, array, self.path)
+        data = np.ascontiguousarray(array, dtype=spec.storage).reshape(-1).view(np.uint8)
+        _write(self._file, data.data, self._entries[name].offset + self._done[name] * spec.storage.itemsize)
+        self._done[name] += array.size
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                _complete(self._specs, self._done, self.path)
+                os.fsync(self._file.fileno())
+                self._file.close()
+                os.replace(self._part, self.path)
+                _sync(self.path.parent)
+        finally:
+            self._discard()
+
+    def _discard(self) -> None:
+        self._file.close()
+        self._part.unlink(missing_ok=True)
+
+
+class MemoryWriter:
+    """`TensorWriter`'s twin in memory: `tensors` holds each one as it comes, in its storage type."""
+
+    def __init__(self, specs: Mapping[str, TensorSpec]):
+        self._specs = dict(specs)
+        self._done = dict.fromkeys(specs, 0)
+        self.tensors = {name: np.empty(spec.shape, spec.storage) for name, spec in specs.items()}
+
+    def append(self, name: str, array: np.ndarray) -> None:
+        """Keep the next elements of tensor `name`; the same rules as `TensorWriter.append`."""
+        _next(self._specs, self._done, name, array, Path("memory"))
+        start = self._done[name]
+        self.tensors[name].reshape(-1)[start : start + array.size] = array.reshape(-1)
+        self._done[name] += array.size
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path, *, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
+    """Give an empty folder beside `path`, which becomes `path` when the block ends without an exception.
+
+    A non-empty `path` needs `overwrite`; then it is replaced, and removed once the new one is in place. Refused in any
+    case: a `path` that is a file, the current folder, or one of `inputs`, or holds one of them. A link is followed.
+    All these are a `CheckpointError`, raised at entry.
+    """
+    target = Path(path).resolve()
+    _refuse(target, str(path), overwrite, [Path(item).resolve() for item in inputs])
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.parent / f".interfuse-{secrets.token_hex(8)}.part"
+        part.mkdir()
+    except OSError as error:
+        raise CheckpointError(Problem(str(path), f"can't be made: {error.strerror}", "choose another folder")) from None
+    try:
+        yield part
+        for folder, _, files in os.walk(part):
+            for name in files:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        _put(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _refuse(target: Path, shown: str, overwrite: bool, inputs: list[Path]) -> None:
+    def refuse(wrong: str, allowed: str = "choose another folder") -> None:
+        raise CheckpointError(Problem(shown, wrong, allowed))
+
+    here = Path.cwd().resolve()
+    if target == here or target in here.parents:
+        refuse("the current folder, or one that holds it, can't be the output")
+    for item in inputs:
+        if target == item or target in item.parents:
+            refuse(f"the output would replace the input {item}")
+    if target.exists() and not target.is_dir():
+        refuse("is a file, and the output is a folder")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        refuse("is there already", "choose another folder, or ask to overwrite it")
+
+
+def _put(part: Path, target: Path) -> None:
+    """Rename `part` to `target`; an older folder stands aside until the new one is in place."""
+    old = part.with_name(f"{part.name}.old")
+    aside = target.is_dir()
+    if aside:
+        os.rename(target, old)
+    try:
+        os.rename(part, target)
+    except BaseException:
+        if aside:
+            os.rename(old, target)
+        raise
+    _sync(target.parent)
+    if aside:
+        shutil.rmtree(old)
+
+
+def _next(specs: Mapping[str, TensorSpec], done: Mapping[str, int], name: str, array: np.ndarray, path: Path) -> TensorSpec:
+    """The spec of the tensor that `array` continues, once it's sure that it does."""
+    if name not in specs:
+        raise CheckpointError(Problem(str(path), f"tensor {name!r} wasn't announced"))
+    spec = specs[name]
+    if array.dtype != spec.storage:
+        raise CheckpointError(Problem(str(path), f"tensor {name!r} got {array.dtype}", f"{spec} takes {spec.storage}"))
+    if done[name] + array.size > spec.count:
+        got = done[name] + array.size
+        raise CheckpointError(Problem(str(path), f"tensor {name!r} got {got} elements", f"{spec} takes {spec.count}"))
+    return spec
+
+
+def _complete(specs: Mapping[str, TensorSpec], done: Mapping[str, int], path: Path) -> None:
+    problems = [
+        Problem(str(path), f"tensor {name!r} got {done[name]} elements", f"{spec} takes {spec.count}")
+        for name, spec in specs.items()
+        if done[name] != spec.count
+    ]
+    if problems:
+        raise CheckpointError(*problems)
+
+
+def _write(file: Any, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:  # a call may write less than it was given
+        written = os.pwrite(file.fileno(), view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
