@@ -1,0 +1,37 @@
+# Two commands do all the set-up: `make demo` and `make test`. Each makes a virtual environment and installs into it.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo-out
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check clean
+
+# torch first: the pinned build is then in place when its dependants are resolved.
+$(VENV)/base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) $$(grep '^torch==' constraints.txt)
+	touch $@
+
+$(VENV)/demo: $(VENV)/base
+	$(INSTALL) -e '.[demo]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/base
+	$(INSTALL) -e '.[dev]'
+	touch $@ $(VENV)/demo
+
+demo: $(VENV)/demo
+	$(BIN)/interfuse demo --out $(OUT)
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache

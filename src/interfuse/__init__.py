@@ -1,0 +1,71 @@
+"""Several trained deep-learning models in, one better model out.
+
+The public names, and nothing else. They are imported when first used, so that `import interfuse` and the command line
+start without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from interfuse.data import load_data as load_data
+    from interfuse.engine.merge import merge as merge
+    from interfuse.errors import CheckpointError as CheckpointError
+    from interfuse.errors import DataError as DataError
+    from interfuse.errors import InterfuseError as InterfuseError
+    from interfuse.errors import MissingExtra as MissingExtra
+    from interfuse.errors import ModelError as ModelError
+    from interfuse.errors import OptionError as OptionError
+    from interfuse.errors import RecipeError as RecipeError
+    from interfuse.errors import UserError as UserError
+    from interfuse.evaluation.compare import compare as compare
+    from interfuse.inference.predict import predict as predict
+    from interfuse.models import load_model as load_model
+    from interfuse.modules.ensemble import Ensemble as Ensemble
+    from interfuse.modules.fused import ModelFusion as ModelFusion
+    from interfuse.pipeline import run as run
+    from interfuse.registry import register as register
+    from interfuse.report.html import write_report as write_report
+    from interfuse.saving import load as load
+    from interfuse.saving import save as save
+    from interfuse.training.fit import fit as fit
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CheckpointError": "errors",
+    "DataError": "errors",
+    "Ensemble": "modules.ensemble",
+    "InterfuseError": "errors",
+    "MissingExtra": "errors",
+    "ModelError": "errors",
+    "ModelFusion": "modules.fused",
+    "OptionError": "errors",
+    "RecipeError": "errors",
+    "UserError": "errors",
+    "compare": "evaluation.compare",
+    "fit": "training.fit",
+    "load": "saving",
+    "load_data": "data",
+    "load_model": "models",
+    "merge": "engine.merge",
+    "predict": "inference.predict",
+    "register": "registry",
+    "run": "pipeline",
+    "save": "saving",
+    "write_report": "report.html",
+}
+
+__all__ = [*sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'interfuse' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"interfuse.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

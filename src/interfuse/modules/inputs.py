@@ -1,0 +1,149 @@
+"""How a network is called, and what it gives back: the one place that knows the shapes that inputs and outputs come in.
+
+Inputs are a tensor, a tuple of positional arguments, or a mapping of keyword arguments (a tokenizer's batch). A network
+made of networks (`Composite`) takes them as one value, and also a mapping from model name to that model's own inputs.
+This module doesn't pool features (`taps` does) or read data.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interfuse.errors import DataError, ModelError, Problem, nearest
+
+#: Where a batch that is a mapping keeps its targets.
+TARGET_KEYS = ("labels", "label", "targets", "target")
+
+
+class Composite(nn.Module):
+    """A network made of networks: `forward(inputs)` takes the inputs as one value and hands each member its own."""
+
+    names: tuple[str, ...]
+
+
+def call(model: nn.Module, inputs: Any, name: str = "model") -> Any:
+    """Call `model` on `inputs`. Keywords that it doesn't know are left out; those it needs and lacks are an error."""
+    if isinstance(model, Composite):
+        return model(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**_keywords(model, inputs, name))
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _keywords(model: nn.Module, inputs: Mapping[str, Any], name: str) -> dict[str, Any]:
+    parameters = inspect.signature(model.forward).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    known = {k: v for k, v in inputs.items() if takes_all or k in parameters}
+    needed = [
+        key
+        for key, p in parameters.items()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and key not in known
+    ]
+    if needed or not known:
+        raise ModelError(
+            Problem(
+                name,
+                f"needs the inputs {needed or list(parameters)}, but the batch holds {list(inputs)}",
+                "give them by keyword, or give each model its own: {model name: inputs}",
+            )
+        )
+    return known
+
+
+def inputs_by_model(names: Sequence[str], inputs: Any) -> list[Any]:
+    """Each model's own inputs, in the order of `names`: all of them get `inputs`, unless it maps names to inputs.
+
+    In such a mapping every model must be named; None says that this model's input is missing.
+    """
+    if not isinstance(inputs, Mapping) or not any(key in names for key in inputs):
+        return [inputs] * len(names)
+    problems = [
+        Problem(f"inputs[{name!r}]", "missing", "give this model its inputs, or None where there are none")
+        for name in names
+        if name not in inputs
+    ]
+    problems += [
+        Problem(f"inputs[{key!r}]", "no model has this name", nearest(str(key), names)) for key in inputs if key not in names
+    ]
+    if problems:
+        raise ModelError(*problems)
+    if all(inputs[name] is None for name in names):
+        raise ModelError(Problem("inputs", "every model's input is None", "give at least one model its inputs"))
+    return [inputs[name] for name in names]
+
+
+def prediction(output: Any, name: str = "model") -> Tensor:
+    """The prediction in what a network returns: a tensor, `.logits`, `["logits"]`, or the first tensor of a tuple."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        tensors = {key: value for key, value in output.items() if isinstance(value, Tensor)}
+        for key in ("logits", "prediction", "predictions", "output", "out"):
+            if key in tensors:
+                return tensors[key]
+        if len(tensors) == 1:
+            return next(iter(tensors.values()))
+    elif isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0]
+    elif isinstance(logits := getattr(output, "logits", None), Tensor):
+        return logits
+    found = list(output) if isinstance(output, Mapping) else type(output).__name__
+    raise ModelError(Problem(name, f"its output {found} holds no prediction", "return a tensor, or a mapping with 'logits'"))
+
+
+def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
+    """A batch as (inputs, targets): a pair, (a, b, ..., targets), a mapping with "labels", or inputs alone.
+
+    Of a tuple the last entry is the targets; a tuple of one is inputs alone.
+    """
+    if isinstance(batch, Mapping):
+        for key in TARGET_KEYS:
+            if key in batch:
+                return {k: v for k, v in batch.items() if k != key}, torch.as_tensor(batch[key])
+        return batch, None
+    if isinstance(batch, tuple | list) and len(batch) > 0:
+        if len(batch) == 1:
+            return batch[0], None
+        targets = batch[-1]
+        inputs = batch[0] if len(batch) == 2 else tuple(batch[:-1])
+        return inputs, None if targets is None else torch.as_tensor(targets)
+    return batch, None
+
+
+def move(inputs: Any, device: torch.device | str) -> Any:
+    """`inputs` with every tensor on `device`; the structure stays."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, non_blocking=True)
+    if isinstance(inputs, Mapping):
+        return {key: move(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return type(inputs)(move(value, device) for value in inputs)
+    return inputs
+
+
+def tensors_of(inputs: Any, path: str = "") -> list[tuple[str, Tensor]]:
+    """Every tensor in `inputs` with its path, in a fixed order."""
+    if isinstance(inputs, Tensor):
+        return [(path, inputs)]
+    if isinstance(inputs, Mapping):
+        return [found for key in inputs for found in tensors_of(inputs[key], f"{path}.{key}")]
+    if isinstance(inputs, tuple | list):
+        return [found for i, value in enumerate(inputs) for found in tensors_of(value, f"{path}[{i}]")]
+    return []
+
+
+def batch_size(inputs: Any) -> int:
+    """How many examples `inputs` holds: the first dimension of its first tensor that has one."""
+    for _, tensor in tensors_of(inputs):
+        if tensor.ndim:
+            return tensor.shape[0]
+    raise DataError(
+        Problem("inputs", f"no tensor with a batch dimension in {type(inputs).__name__}", "give tensors (batch, ...)")
+    )

@@ -1,0 +1,121 @@
+"""Name -> method, at every level. A method is a plain function or a final module; registering it only writes it down.
+
+What a recipe may say of a method is read off its signature: keyword-only arguments are its options, their annotations
+(`Annotated[float, Field(ge=0, le=1)]`) the ranges, their defaults the only place where a default is written. pydantic
+checks the values. This isn't a plugin loader, and nothing here does arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from interfuse.errors import OptionError, Problem, nearest
+
+Level = Literal["weights", "layers", "features", "outputs"]
+LEVELS: tuple[Level, ...] = typing.get_args(Level)
+
+#: Where the built-in methods of a level register themselves. A level is imported when it is first asked for, so that
+#: looking up a weight method doesn't import torch.
+_HOMES: dict[Level, str] = {
+    "weights": "interfuse.methods",
+    "features": "interfuse.modules",
+    "outputs": "interfuse.modules",
+}
+
+_METHODS: dict[tuple[Level, str], Method] = {}
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is known of one method: its name, level, function or module, what it needs, and its source."""
+
+    name: str
+    level: Level
+    make: Callable[..., Any]
+    paper: str
+    needs: str
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring."""
+        return (inspect.getdoc(self.make) or "").partition("\n")[0]
+
+    @functools.cached_property
+    def options(self) -> type[BaseModel]:
+        """The options as a pydantic model, read off the keyword-only arguments."""
+        target = self.make.__init__ if inspect.isclass(self.make) else self.make
+        hints = typing.get_type_hints(target, include_extras=True)
+        fields: dict[str, Any] = {
+            name: (hints.get(name, Any), ... if parameter.default is parameter.empty else parameter.default)
+            for name, parameter in inspect.signature(target).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        }
+        # An option whose name Python reserves ("lambda") is an alias of its argument ("lambda_"); both are taken.
+        config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, populate_by_name=True)
+        return create_model(self.name, __config__=config, **fields)
+
+    def check(self, values: Mapping[str, Any], path: str = "parameters") -> dict[str, Any]:
+        """The options by argument, with defaults filled in, or an `OptionError` with every unknown name and bad value."""
+        try:
+            options = self.options.model_validate(dict(values))
+        except ValidationError as error:
+            allowed = [field.alias or name for name, field in self.options.model_fields.items()]
+            raise OptionError(*problems_of(error, path, allowed)) from None
+        return {name: getattr(options, name) for name in type(options).model_fields}
+
+
+def problems_of(error: ValidationError, path: str, allowed: list[str]) -> list[Problem]:
+    """pydantic's errors in our words: the path, the value got, what is allowed."""
+    problems = []
+    for item in error.errors():
+        where = path
+        for part in item["loc"]:
+            where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
+        if item["type"] == "extra_forbidden":
+            problems.append(Problem(where, "unknown option", nearest(str(item["loc"][-1]), allowed)))
+        elif item["type"] == "missing":
+            problems.append(Problem(where, "missing", "give a value"))
+        else:
+            message = item["msg"][:1].lower() + item["msg"][1:]
+            problems.append(Problem(where, f"got {item['input']!r}", message))
+    return problems
+
+
+def register(name: str, level: Level, *, paper: str = "", needs: str = "") -> Callable[[_F], _F]:
+    """Write a method down under `name`; the decorated function or class is returned unchanged.
+
+    `paper` is the source to cite, `needs` what the method asks for beyond models ("a base", "training data").
+    """
+
+    def write_down(make: _F) -> _F:
+        if (level, name) in _METHODS and _METHODS[level, name].make is not make:
+            raise OptionError(Problem(f"register({name!r}, {level!r})", "the name is taken", "choose another name"))
+        _METHODS[level, name] = Method(name, level, make, paper, needs)
+        return make
+
+    return write_down
+
+
+def methods(level: Level | None = None) -> list[Method]:
+    """All methods, or those of one level, in the order of levels and registration."""
+    for wanted in LEVELS if level is None else (level,):
+        if wanted in _HOMES:
+            importlib.import_module(_HOMES[wanted])
+    return [m for wanted in LEVELS for m in _METHODS.values() if m.level == wanted and level in (None, wanted)]
+
+
+def find(name: str, level: Level, path: str = "method") -> Method:
+    """The method of that name at that level, or an `OptionError` with the nearest names."""
+    known = {method.name: method for method in methods(level)}
+    if name not in known:
+        raise OptionError(Problem(path, f"no {level} method is named {name!r}", nearest(name, known)))
+    return known[name]
