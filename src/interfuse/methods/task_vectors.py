@@ -1,0 +1,28 @@
+"""Arithmetic on task vectors, d_i = t_i - t0. Source: Task arithmetic, https://arxiv.org/abs/2212.04089."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+
+from interfuse.methods.combination import Combination, normalized
+from interfuse.registry import register
+
+
+@register("task_arithmetic", "weights", paper="https://arxiv.org/abs/2212.04089", needs="a base")
+def task_arithmetic(
+    weights: Sequence[float],
+    *,
+    lambda_: Annotated[float, Field(alias="lambda", allow_inf_nan=False)] = 1.0,
+    normalize: bool = False,
+) -> Combination:
+    """The base plus the scaled sum of task vectors: t0 + lambda sum w_i (t_i - t0), w_i over their sum if `normalize`.
+
+    `weights` has one number a model; negative ones, or a negative `lambda`, take a task away. Weights that sum to zero
+    can't be normalized: an `OptionError`.
+    """
+    scaled = tuple(lambda_ * weight for weight in (normalized(weights) if normalize else weights))
+    return Combination(1.0 - math.fsum(scaled), scaled, 1.0)
