@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,8 +41,8 @@ class _Range(NamedTuple):
 class Checkpoint:
     """Named tensors that can be read one at a time. Made by `open_checkpoint`.
 
-    `name` is what to call it in messages, `specs` each tensor's type and shape in stored order, `folder` where its side
-    files lie (None in memory).
+    `name` is what to call it in messages, `specs` each tensor's type and shape in stored order, `folder` the folder that
+    was opened, with its side files (None for a single file and in memory).
     """
 
     name: str
@@ -107,8 +107,9 @@ def open_checkpoint(ref: str | Path | torch.nn.Module | Mapping[str, Any] | Chec
     path = Path(ref)
     if not path.exists():
         raise CheckpointError(Problem(str(ref), "no such file or folder", "give a folder or file of weights on this machine"))
-    file = _weights_file(path) if path.is_dir() else path
-    return _from_file(str(ref), file)
+    if path.is_dir():
+        return replace(_from_file(str(ref), _weights_file(path)), folder=path)
+    return _from_file(str(ref), path)
 
 
 def _weights_file(folder: Path) -> Path:
@@ -143,13 +144,13 @@ def _from_file(name: str, path: Path) -> Checkpoint:
         return Checkpoint(
             name,
             {key: entry.spec for key, entry in entries.items()},
-            path.parent,
+            None,
             {key: _Range(path, entry.offset) for key, entry in entries.items()},
         )
     if path.suffix in _TORCH_FILES:
         from interfuse.checkpoints.tensors import load_file
 
-        return _in_memory(name, load_file(path), path.parent)
+        return _in_memory(name, load_file(path))
     raise CheckpointError(
         Problem(name, f"{path.name!r} isn't a file of weights", "allowed: .safetensors, .bin, .pt, .pth, .ckpt")
     )
@@ -170,7 +171,7 @@ def _from_index(name: str, path: Path) -> Checkpoint:
     if problems:
         raise CheckpointError(*problems)
     specs = {key: shards[shard].specs[key] for key, shard in where.items()}
-    return Checkpoint(name, specs, path.parent, {key: shards[shard]._places[key] for key, shard in where.items()})
+    return Checkpoint(name, specs, None, {key: shards[shard]._places[key] for key, shard in where.items()})
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -209,7 +210,7 @@ def _module(module: Any) -> Checkpoint:
     return _in_memory(name, state)
 
 
-def _in_memory(name: str, tensors: Mapping[str, Any], folder: Path | None = None) -> Checkpoint:
+def _in_memory(name: str, tensors: Mapping[str, Any]) -> Checkpoint:
     specs: dict[str, TensorSpec] = {}
     places: dict[str, Callable[[], np.ndarray]] = {}
     problems = []
@@ -220,7 +221,7 @@ def _in_memory(name: str, tensors: Mapping[str, Any], folder: Path | None = None
             problems += [Problem(name, f"tensor {key!r} {problem.wrong}", problem.allowed) for problem in error.problems]
     if problems:
         raise CheckpointError(*problems)
-    return Checkpoint(name, specs, folder, places)
+    return Checkpoint(name, specs, None, places)
 
 
 def _array(array: np.ndarray) -> tuple[TensorSpec, Callable[[], np.ndarray]]:
