@@ -1,0 +1,254 @@
+"""The recipe's form: which keys there are, of which type, in which range. What the user wrote, frozen; no arithmetic.
+
+A value left out is `None` and stays out, so that every default is written once, where it is used. What holds between
+keys (a method and its options, data and training) is in `recipe/check.py`. Source: the design's section 6; the spelling
+of merges is mergekit's.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+Ref = Annotated[str, Field(min_length=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _or_short(kind: str) -> Any:
+    """A section that may also be written as one bare value: the JSON Schema says so."""
+
+    def extend(schema: dict[str, Any]) -> None:
+        full = dict(schema)
+        schema.clear()
+        schema.update({"title": full.get("title", ""), "anyOf": [{"type": kind}, full]})
+
+    return extend
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, nothing is coerced (`"5"` isn't 5), and nothing changes once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelEntry(Section):
+    """One model of the pool."""
+
+    model_config = ConfigDict(json_schema_extra=_or_short("string"))
+
+    model: Ref = Field(
+        description="A folder (transformers, or one that interfuse wrote), a hub id, python:package.module:function "
+        "(needs --trust-code); for a merge also a file of weights."
+    )
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="What the model is called in tables and weights; left out, it is read off the reference.",
+    )
+    weights: Ref | None = Field(
+        None, description="A safetensors file, or a folder with one, that fills the network which `model` builds."
+    )
+    tap: Ref | None = Field(
+        None, description="The module whose output is the feature; left out, what feeds the last Linear layer."
+    )
+    freeze: bool | None = Field(
+        None,
+        description="Whether this model's weights stay as they are. Default: true in a fusion; false for a model alone, "
+        "where true trains only the last Linear layer.",
+    )
+    parameters: dict[str, Any] = Field(default_factory=dict, description="This model's own options in a merge: {weight: 0.3}.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+
+class Head(Section):
+    """What turns fused features into predictions."""
+
+    model_config = ConfigDict(json_schema_extra=_or_short("integer"))
+
+    classes: Any = Field(
+        description="How many outputs, or the classes' names in order.",
+        json_schema_extra={
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1, "uniqueItems": True},
+            ]
+        },
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, value: Any) -> Any:
+        return value if isinstance(value, dict) else {"classes": value}
+
+    @field_validator("classes")
+    @classmethod
+    def _classes(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return value
+        names = isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+        if names and len(dict.fromkeys(value)) == len(value):
+            return value
+        raise PydanticCustomError("head", "should be a whole number from 1, or a list of different names")
+
+    @property
+    def width(self) -> int:
+        """The number of outputs."""
+        return self.classes if isinstance(self.classes, int) else len(self.classes)
+
+
+class DataSection(Section):
+    """The data sets, and how they are read."""
+
+    train: Ref | None = Field(
+        None,
+        description="What is learned from: an npz or csv(.gz) file, a folder of images by class, a folder or hub id of "
+        "`datasets` (`id:split`), or python:package.module:function (needs --trust-code).",
+    )
+    validation: Any = Field(
+        None,
+        description="The share of the training data that is held out (between 0 and 1), or a source of its own.",
+        json_schema_extra={
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                {"type": "string", "minLength": 1},
+                {"type": "null"},
+            ]
+        },
+    )
+    test: Ref | None = Field(None, description="What is evaluated on; never seen in training.")
+    seed: int | None = Field(None, ge=0, description="The seed of the split; left out, the recipe's.")
+    input: Any = Field(
+        None,
+        description="The array or column that is read as input (npz: x; csv: text, or all columns of numbers), "
+        "or one for each model by name.",
+        json_schema_extra={
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "object", "additionalProperties": {"type": "string"}, "minProperties": 1},
+                {"type": "null"},
+            ]
+        },
+    )
+    target: Ref | None = Field(None, description="The array or column of targets (npz: y; csv: label, or the last).")
+    image_size: Count | None = Field(None, description="Images are resized to this many pixels a side.")
+    mean: list[float] | None = Field(None, description="A value a channel, subtracted from images in [0, 1].")
+    std: list[Positive] | None = Field(None, description="A value a channel that images are then divided by.")
+
+    @field_validator("validation")
+    @classmethod
+    def _validation(cls, value: Any) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is None or (isinstance(value, str) and value) or (number and 0 < value < 1):
+            return value
+        raise PydanticCustomError("validation", "should be a share between 0 and 1 (both excluded), or a source")
+
+    @field_validator("input")
+    @classmethod
+    def _input(cls, value: Any) -> Any:
+        if value is None or (isinstance(value, str) and value):
+            return value
+        if isinstance(value, dict) and value and all(isinstance(k, str) and isinstance(value[k], str) for k in value):
+            return value
+        raise PydanticCustomError("input", "should be a name, or a mapping of model names to names")
+
+
+class Training(Section):
+    """The options of `fit`. Left out, a value is `fit`'s own default."""
+
+    epochs: int | None = Field(None, ge=0, description="Passes over the training data; 0 trains nothing.")
+    learning_rate: Positive | None = Field(None, description="AdamW's learning rate at its peak.")
+    batch_size: Count | None = Field(None, description="Samples a step.")
+    weight_decay: NonNegative | None = Field(None, description="AdamW's weight decay.")
+    patience: Count | None = Field(None, description="Stop after this many epochs without a better validation value.")
+    seed: int | None = Field(None, ge=0, description="The seed of training; left out, the recipe's.")
+    loss: Ref | None = Field(None, description="The loss by name; `auto` goes by the targets.")
+    metric: Ref | None = Field(None, description="What the best epoch is chosen by; left out, it goes by the targets.")
+
+
+class Evaluate(Section):
+    """How `data.test` is scored."""
+
+    metric: Ref | None = Field(None, description="The metric; left out, accuracy for classes, mse for numbers.")
+    batch_size: Count | None = Field(None, description="Samples a batch.")
+
+
+class Recipe(Section):
+    """Several trained models in, one better model out: what to fuse, how, on which data."""
+
+    fusion: Ref | None = Field(
+        None, description="How features or outputs are fused; see `interfuse methods`. Left out: a merge, or one model."
+    )
+    merge_method: Ref | None = Field(None, description="How weights are merged, in mergekit's spelling.")
+    base_model: Ref | None = Field(None, description="The common ancestor, for merges of task vectors.")
+    models: list[ModelEntry] = Field(default_factory=list, description="The pool of models, in order.")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="The method's options.")
+    head: Head | None = Field(None, description="The outputs; left out, they are taken from the data's classes.")
+    dtype: Ref | None = Field(None, description="The type of a merge's inputs, and the output's default.")
+    out_dtype: Ref | None = Field(None, description="The type that a merge is written in.")
+    data: DataSection | None = Field(None, description="The data sets.")
+    training: Training | None = Field(None, description="How to train.")
+    evaluate: Evaluate | None = Field(None, description="How to score on data.test.")
+    seed: int = Field(0, ge=0, description="The seed of everything random.")
+
+    @property
+    def form(self) -> str:
+        """`merge`, `ensemble`, `fusion`, or `single` (one model alone)."""
+        if self.merge_method is not None:
+            return "merge"
+        if self.fusion is not None:
+            return "ensemble" if self.fusion == "ensemble" else "fusion"
+        return "single"
+
+
+class Wide(Section):
+    """The options that every fusion of features has, beside those of its method: `ModelFusion`'s own."""
+
+    dim: Count | None = Field(None, description="The width of the fused features; left out, the largest width, at most 256.")
+    pool: Literal["mean", "none"] | None = Field(None, description="Tokens and places: to one vector a model, or kept.")
+    residual: bool | None = Field(
+        None, description="Whether the models' own predictions are added, so that training starts there."
+    )
+
+
+#: The sections below the top, by key: where an unknown key is looked up.
+SECTIONS: dict[str, type[Section]] = {
+    "models": ModelEntry,
+    "head": Head,
+    "data": DataSection,
+    "training": Training,
+    "evaluate": Evaluate,
+}
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors: with the methods' names and, for each, its options."""
+    from interfuse.registry import methods
+
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    wide = Wide.model_json_schema()["properties"]
+    rules = []
+    for key, levels in (("fusion", ("features", "outputs")), ("merge_method", ("weights",))):
+        known = [m for m in methods() if m.level in levels]
+        field = schema["properties"][key]
+        field.pop("anyOf", None)
+        field.update({"type": "string", "examples": [m.name for m in known]})
+        for method in known:
+            options = method.options.model_json_schema().get("properties", {})
+            options |= wide if method.level == "features" else {}
+            rules.append(
+                {
+                    "if": {"properties": {key: {"const": method.name}}, "required": [key]},
+                    "then": {"properties": {"parameters": {"properties": options}}},
+                }
+            )
+    schema["allOf"] = rules
+    return schema

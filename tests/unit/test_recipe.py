@@ -1,0 +1,306 @@
+"""Recipes: the form, every problem at once, YAML's corners, paths, and what holds between keys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from interfuse.errors import RecipeError
+from interfuse.recipe import check_recipe, load_recipe, recipe_schema
+from interfuse.recipe.check import experts_of, names_of, options_of, weights_of
+
+FUSION: dict[str, Any] = {
+    "fusion": "attention",
+    "models": [{"model": "org/a", "tap": "features.7"}, "org/b"],
+    "parameters": {"dim": 64, "heads": 4},
+    "head": {"classes": 10},
+    "data": {"train": "train.npz", "validation": 0.1, "test": "test.npz"},
+    "training": {"epochs": 5, "learning_rate": 1e-3},
+    "evaluate": {"metric": "accuracy"},
+}
+MERGE: dict[str, Any] = {
+    "merge_method": "linear",
+    "models": [
+        {"model": "org/a", "parameters": {"weight": 0.3}},
+        {"model": "org/b", "parameters": {"weight": 0.7}},
+    ],
+    "parameters": {"normalize": False, "int8_mask": True},
+    "dtype": "float32",
+}
+
+
+def problems(recipe: dict[str, Any], *, run: bool = False, trust_code: bool = False) -> dict[str, str]:
+    """What is wrong, by path; empty where nothing is."""
+    try:
+        check_recipe(recipe, trust_code=trust_code) if run else load_recipe(recipe)
+    except RecipeError as error:
+        return {p.path: f"{p.wrong}; {p.allowed}" for p in error.problems}
+    return {}
+
+
+def changed(recipe: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    return {k: v for k, v in {**recipe, **keys}.items() if v is not None}
+
+
+def test_good_recipes_have_no_problems() -> None:
+    assert problems(FUSION) == {}
+    assert problems(MERGE) == {}
+    assert problems({"models": ["org/a"], "data": {"train": "t.npz"}}) == {}
+    assert problems({"fusion": "ensemble", "models": ["org/a", "org/b"], "parameters": {"combine": "logits"}}) == {}
+
+
+def test_every_problem_is_listed_at_once_with_its_path_and_value() -> None:
+    found = problems(
+        {
+            "fusion": "atention",
+            "models": [{"model": "org/a", "tapp": "x"}, {"model": "org/b", "freeze": "maybe"}],
+            "data": {"train": "t.npz", "validation": 1.5},
+            "training": {"epochs": -1, "patience": 3},
+            "evaluate": {"metric": "accuracy"},
+            "sead": 3,
+        }
+    )
+    assert list(found) == [
+        "models[0].tapp",
+        "models[1].freeze",
+        "data.validation",
+        "training.epochs",
+        "sead",
+        "fusion",
+        "training.patience",
+        "evaluate",
+    ]
+    assert "did you mean 'tap'?" in found["models[0].tapp"]
+    assert "'maybe'" in found["models[1].freeze"]
+    assert "got 1.5; should be a share between 0 and 1" in found["data.validation"]
+    assert "got -1; should be greater than or equal to 0" in found["training.epochs"]
+    assert "did you mean 'seed' or 'head'?" in found["sead"]
+    assert "did you mean 'attention'?" in found["fusion"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "path", "said"),
+    [
+        ({"merge_method": "linear"}, "merge_method", "keep one of the two"),
+        ({"fusion": None}, "models", "2 models and no word on how to fuse them"),
+        ({"models": ["org/a"]}, "models", "1 given; a fusion takes at least 2"),
+        ({"models": [{"model": "a", "name": "x"}, {"model": "b", "name": "x"}]}, "models[1].name", "'x' is also models"),
+        ({"models": [{"model": "a", "name": "x.y"}, "b"]}, "models[0].name", "got 'x.y'"),
+        ({"models": [{"model": "a", "parameters": {"weight": 1}}, "b"]}, "models[0].parameters", "only in a merge"),
+        ({"models": [{"tap": "x"}, "b"]}, "models[0].model", "missing"),
+        ({"models": [{"model": {"path": "a"}}, "b"]}, "models[0].model", "isn't supported by this version"),
+        ({"parameters": {"headz": 4}}, "parameters.headz", "did you mean 'heads'?"),
+        ({"parameters": {"heads": 0}}, "parameters.heads", "got 0"),
+        ({"parameters": {"dim": 2.5}}, "parameters.dim", "got 2.5; input should be a valid integer"),
+        ({"parameters": {"pool": "max"}}, "parameters.pool", "got 'max'"),
+        ({"head": True}, "head.classes", "got True; should be a whole number from 1"),
+        ({"head": {"classes": ["a", "a"]}}, "head.classes", "a list of different names"),
+        ({"base_model": "org/c"}, "base_model", "only in a merge"),
+        ({"out_dtype": "float16"}, "out_dtype", "only in a merge"),
+        ({"slices": []}, "slices", "stacking layers (slices) isn't supported by this version"),
+        ({"tokenizer_source": "union"}, "tokenizer_source", "isn't supported by this version"),
+        ({"data": None, "evaluate": None}, "data.train", "missing; a fusion of features is trained"),
+        ({"data": {"train": "t.npz"}}, "evaluate", "there is no test data"),
+        ({"data": {"validation": "v.npz", "test": "t.npz"}}, "data.validation", "stands without data.train"),
+        ({"data": {"train": "t.npz", "test": "t.npz", "input": {"a": "x", "c": "y"}}}, "data.input", "['c', 'b']"),
+        ({"data": {"train": "t.npz", "test": "t.npz", "input": 3}}, "data.input", "got 3; should be a name"),
+        ({"data": {"train": "t.npz", "test": "t.npz", "std": [0.0]}}, "data.std[0]", "got 0.0"),
+        ({"training": {"learning_rate": float("nan")}}, "training.learning_rate", "got nan"),
+        ({"training": {"epochs": "5"}}, "training.epochs", "got '5'"),
+        ({"training": {"epochs": True}}, "training.epochs", "got True"),
+    ],
+)
+def test_what_a_fusion_refuses(keys: dict[str, Any], path: str, said: str) -> None:
+    found = problems(changed(FUSION, **keys))
+    assert path in found
+    assert said in found[path]
+
+
+@pytest.mark.parametrize(
+    ("keys", "path", "said"),
+    [
+        ({"merge_method": "ties"}, "merge_method", "no weights method is named 'ties'; allowed: linear, task_arithmetic"),
+        ({"merge_method": "task_arithmetic", "parameters": None}, "base_model", "missing"),
+        ({"parameters": {"normalise": True}}, "parameters.normalise", "did you mean 'normalize'?"),
+        ({"parameters": {"normalize": [0, 1]}}, "parameters.normalize", "ramps over depth and filters aren't supported"),
+        (
+            {"models": [{"model": "a", "parameters": {"weight": [0, 1]}}]},
+            "models[0].parameters.weight",
+            "got [0, 1]: ramps over depth and filters aren't supported by this version",
+        ),
+        ({"models": [{"model": "a", "parameters": {"weight": "x"}}]}, "models[0].parameters.weight", "got 'x'"),
+        ({"models": [{"model": "a", "parameters": {"density": 1}}]}, "models[0].parameters.density", "allowed here: weight"),
+        ({"models": [*MERGE["models"], "c"]}, "models[2].parameters.weight", "missing while other models have one"),
+        ({"models": [{"model": "a", "tap": "x"}]}, "models[0].tap", "only a fusion of features"),
+        ({"models": [{"model": "a", "freeze": True}]}, "models[0].freeze", "nothing is trained here"),
+        ({"training": {"epochs": 1}}, "training", "a merge isn't trained"),
+        ({"data": {"train": "t.npz"}}, "data.train", "nothing is trained here"),
+        ({"head": 3}, "head", "only a fusion of features gets a head"),
+        ({"models": None}, "models", "none given"),
+    ],
+)
+def test_what_a_merge_refuses(keys: dict[str, Any], path: str, said: str) -> None:
+    found = problems(changed(MERGE, **keys))
+    assert path in found
+    assert said in found[path]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "path", "said"),
+    [
+        ({"models": ["a"]}, "data", "neither train nor test"),
+        ({"models": ["a"], "data": {"test": "t.npz"}, "training": {"epochs": 1}}, "data.train", "missing while training"),
+        ({"models": ["a"], "data": {"train": "t"}, "parameters": {"dim": 3}}, "parameters", "no method to set"),
+        ({"fusion": "ensemble", "models": ["a", "b"], "training": {"epochs": 1}}, "training", "an ensemble isn't trained"),
+        ({"fusion": "ensemble", "models": ["a", "b"], "parameters": {"combine": "x"}}, "parameters.combine", "got 'x'"),
+        ({}, "models", "0 models"),
+        (
+            {"fusion": "mean", "models": ["a", "b"], "training": {"epochs": 0}},
+            "head",
+            "the number of classes has to be written",
+        ),
+    ],
+)
+def test_what_the_other_forms_refuse(recipe: dict[str, Any], path: str, said: str) -> None:
+    found = problems(recipe)
+    assert path in found
+    assert said in found[path]
+
+
+def test_missing_files_and_untrusted_code_are_listed_together(tmp_path: Path) -> None:
+    (tmp_path / "w.pt").write_bytes(b"")
+    recipe = {
+        "fusion": "mean",
+        "models": [
+            {"model": "python:nets:a", "weights": str(tmp_path / "none.safetensors")},
+            str(tmp_path / "gone"),
+            str(tmp_path / "w.pt"),
+            "python:nets",
+        ],
+        "data": {"train": "no.npz", "validation": "python:d:v", "test": "org/dataset:test"},
+        "nonsense": 1,
+    }
+    found = problems(recipe, run=True)
+    assert list(found) == [
+        "nonsense",
+        "data.train",
+        "data.validation",
+        "models[0].model",
+        "models[1].model",
+        "models[2].model",
+        "models[3].model",
+        "models[0].weights",
+    ]
+    assert "--trust-code" in found["models[0].model"]
+    assert "python:d:v runs code" in found["data.validation"]
+    assert "file of weights without its network" in found["models[2].model"]
+    assert "python:package.module:function" in found["models[3].model"]
+    trusted = problems(recipe, run=True, trust_code=True)
+    assert "models[0].model" not in trusted
+    assert "data.validation" not in trusted
+
+
+def test_yaml_numbers_and_merge_keys(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "models: [org/a]\ndata: {train: t.npz}\ntraining: &t {learning_rate: 1e-5, weight_decay: 1.5e2}\nevaluate: null\n"
+    )
+    recipe = load_recipe(path)
+    assert recipe.training is not None
+    assert (recipe.training.learning_rate, recipe.training.weight_decay) == (1e-5, 150.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("fusion: mean\nmodels: [a, b\n", r"line 3, column 1: "),
+        ("fusion: mean\nseed: 1\nfusion: gate\n", r"line 3, column 1: the key 'fusion' is written twice \(first in line 1\)"),
+        ("data: {train: a, train: b}\n", r"line 1, column 18: the key 'train' is written twice"),
+        ("x: !!python/object/apply:os.system [ls]\n", r"line 1, column 4: could not determine a constructor"),
+        ("- a\n", "holds a list; a recipe is a mapping"),
+        ("", "holds nothing; a recipe is a mapping"),
+        ("[" * 5000, "not YAML|line 1"),
+        ("a: \x00", "not YAML"),
+    ],
+)
+def test_yaml_errors_say_where(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(path)
+
+
+def test_a_recipe_that_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"none\.yaml: the recipe can't be read \(No such file"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_paths_are_read_from_the_recipes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "cnn").mkdir()
+    (tmp_path / "sub" / "train.npz").write_bytes(b"")
+    (tmp_path / "here").mkdir()
+    recipe = tmp_path / "sub" / "r.yaml"
+    recipe.write_text(
+        "fusion: mean\nmodels: [cnn, {model: 'python:n:f', weights: w.safetensors}, org/x, here]\n"
+        "data: {train: train.npz, validation: ./v.npz, test: 'org/d:test'}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    read = load_recipe(Path("sub/r.yaml"))
+    sub = tmp_path / "sub"
+    assert [m.model for m in read.models] == [str(sub / "cnn"), "python:n:f", "org/x", "here"]
+    assert read.models[1].weights == str(sub / "w.safetensors")
+    assert read.data is not None
+    assert (read.data.train, read.data.validation, read.data.test) == (
+        str(sub / "train.npz"),
+        str(sub / "v.npz"),
+        "org/d:test",
+    )
+
+
+def test_a_recipe_is_frozen_and_the_mapping_it_came_from_unchanged() -> None:
+    raw = json.loads(json.dumps(FUSION)) | {"oops": {"deep": 1}}
+    before = json.dumps(raw)
+    assert "oops" in problems(raw)
+    assert json.dumps(raw) == before
+    with pytest.raises(ValueError, match="frozen"):
+        load_recipe(FUSION).seed = 3  # type: ignore[misc]
+
+
+def test_names_are_read_off_references_and_numbered() -> None:
+    models = ["org/net", "/x/net/", {"model": "python:m:net"}, {"model": "a", "name": "net_2"}, "b/w.v1.safetensors"]
+    recipe = load_recipe({"fusion": "mean", "models": models, "data": {"train": "t.npz"}})
+    assert names_of(recipe) == ["net", "net_3", "net_4", "net_2", "w_v1"]
+
+
+def test_a_merges_weights_and_its_base_among_the_models() -> None:
+    assert weights_of(load_recipe(MERGE)) == [0.3, 0.7]
+    assert options_of(load_recipe(MERGE)) == {"normalize": False}
+    arithmetic = {
+        "merge_method": "task_arithmetic",
+        "base_model": "org/base",
+        "models": ["org/base", {"model": "org/a", "parameters": {"weight": 0.5}}],
+    }
+    recipe = load_recipe(arithmetic)
+    assert [entry.model for entry in experts_of(recipe)] == ["org/a"]
+    assert weights_of(recipe) == [0.5]
+    assert weights_of(load_recipe(changed(MERGE, models=["a", "b"]))) is None
+    assert weights_of(load_recipe(changed(MERGE, models=["a", "b"], parameters={"weight": 2}))) == [2.0, 2.0]
+
+
+def test_the_schema_names_the_methods_describes_every_key_and_takes_short_forms() -> None:
+    schema = recipe_schema()
+    json.dumps(schema)
+    assert {"attention", "ensemble"} <= set(schema["properties"]["fusion"]["examples"])
+    assert "task_arithmetic" in schema["properties"]["merge_method"]["examples"]
+    for section in [schema, *schema["$defs"].values()]:
+        for kind in section.get("anyOf", [section]):
+            assert all("description" in field or "$ref" in field for field in kind.get("properties", {}).values())
+    assert {"type": "string"} in schema["$defs"]["ModelEntry"]["anyOf"]
+    rules = {rule["if"]["required"][0]: rule for rule in schema["allOf"]}
+    assert set(rules) == {"fusion", "merge_method"}
+    attention = next(r for r in schema["allOf"] if r["if"]["properties"].get("fusion") == {"const": "attention"})
+    assert {"heads", "dim", "pool", "residual"} <= set(attention["then"]["properties"]["parameters"]["properties"])
