@@ -267,7 +267,7 @@ def test_a_recipe_is_frozen_and_the_mapping_it_came_from_unchanged() -> None:
     assert "oops" in problems(raw)
     assert json.dumps(raw) == before
     with pytest.raises(ValueError, match="frozen"):
-        load_recipe(FUSION).seed = 3  # type: ignore[misc]
+        load_recipe(FUSION).seed = 3
 
 
 def test_names_are_read_off_references_and_numbered() -> None:
