@@ -3,4 +3,10 @@
 Importing this package registers the built-in methods of the levels features and outputs, in the order of this list.
 """
 
-from interfuse.modules import attention, gate, shared, concat, average, transformer, ensemble  # noqa: F401, I001
+from interfuse.modules import attention as attention  # isort: skip
+from interfuse.modules import gate as gate  # isort: skip
+from interfuse.modules import shared as shared  # isort: skip
+from interfuse.modules import concat as concat  # isort: skip
+from interfuse.modules import average as average  # isort: skip
+from interfuse.modules import transformer as transformer  # isort: skip
+from interfuse.modules import ensemble as ensemble  # isort: skip

@@ -16,7 +16,7 @@ that fuse token by token; `weights` is (batch, models): what share each model ha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -78,9 +78,10 @@ def project(each: nn.ModuleList, features: Features, present: Present) -> tuple[
     if some is None:
         raise ModelError(Problem("features", "all models are missing", "give the features of at least one"))
     parts, there = [], []
+    branch: Any
     for k, (branch, feature) in enumerate(zip(each, features, strict=True)):
         if feature is None:
-            feature = some.new_zeros(*some.shape[:-1], int(branch.width))
+            feature = some.new_zeros(*some.shape[:-1], branch.width)
             mask = torch.zeros(some.shape[:-1], dtype=torch.bool, device=some.device)
         else:
             if feature.shape[-1] != branch.width or feature.ndim not in (2, 3):

@@ -46,7 +46,7 @@ class ModelFusion(Composite):
         evaluation mode and without gradients.
     example: inputs for the dry run that finds taps and widths. Without it the first forward does that.
     pool: "mean" averages tokens and places to one vector a network; "none" hands all of them to the fusion.
-    residual: where networks predict as many classes as the head, add their own logits to the head's, which starts at
+    residual: where networks predict as many classes as `head` names, add their own logits to the head's, which starts at
         zero: at step 0 the fusion equals those networks' mean, or the one named by `start_from` (`fit` finds the best).
 
     Raises `ModelError` for models, taps, inputs and heads that don't fit, `OptionError` for options.
@@ -138,10 +138,11 @@ class ModelFusion(Composite):
         self.fusion = self.method.make(widths, self.dim, **self.options)
         if self.classes is not None:
             self.head = nn.Linear(self.dim, self.classes)
-        classes = self.classes if self.head is None or self.classes is not None else _head_width(self.head, self.dim)
-        self.parents = tuple(self.residual and classes is not None and output == classes for output in outputs)
+        elif self.head is not None:
+            _try_head(self.head, self.dim)
+        self.parents = tuple(self.residual and self.classes is not None and output == self.classes for output in outputs)
         self.mix.copy_(torch.tensor(self.parents, dtype=torch.float) / max(1, sum(self.parents)))
-        if any(self.parents) and isinstance(self.head, nn.Linear):
+        if any(self.parents) and isinstance(self.head, nn.Linear):  # step 0 is the parents
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
         reference = next((p for p in self.backbones.parameters() if p.is_floating_point()), None)
@@ -242,15 +243,14 @@ def _width(output: Any) -> int | None:
     return int(found.shape[1]) if found.ndim == 2 else None
 
 
-def _head_width(head: nn.Module, dim: int) -> int | None:
+def _try_head(head: nn.Module, dim: int) -> None:
     place = next((p for p in head.parameters()), torch.zeros(()))
     try:
         with quiet(head):
-            output = head(torch.zeros(2, dim, dtype=place.dtype, device=place.device))
+            head(torch.zeros(2, dim, dtype=place.dtype, device=place.device))
     except (RuntimeError, TypeError, ValueError) as error:
         wrong = f"{type(head).__name__} doesn't take fused features (batch, {dim}): {error}"
         raise ModelError(Problem("head", wrong, f"a module from width {dim}, or another dim")) from error
-    return _width(output)
 
 
 def _mean_over_tokens(z: Tensor, masks: Sequence[Tensor | None]) -> Tensor:

@@ -1,0 +1,1 @@
+"""Training what was fused: `fit`, on Lightning."""
