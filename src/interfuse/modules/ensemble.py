@@ -26,12 +26,14 @@ class Ensemble(Composite):
     """The mean of several networks' predictions, (batch, classes), as logits: softmax gives the mean probabilities.
 
     `combine="logits"` averages the outputs as they are, as regression needs. Inputs are as for `ModelFusion`; a model whose
-    inputs are None is left out of the mean. Raises `ModelError` where the predictions' shapes differ.
+    inputs are None is left out of the mean. Networks are copied unless `copy=False`.
+    Raises `ModelError` where the predictions' shapes differ.
     """
 
     def __init__(
         self,
         models: Sequence[nn.Module | str] | Mapping[str, nn.Module | str],
+        copy: bool = True,
         *,
         combine: Literal["probabilities", "logits"] = "probabilities",
     ) -> None:
@@ -39,7 +41,7 @@ class Ensemble(Composite):
         if combine not in COMBINE:
             raise OptionError(Problem("combine", f"got {combine!r}", nearest(str(combine), COMBINE)))
         self.combine = combine
-        self.names, self.backbones, self.references = members(models, copy=True)
+        self.names, self.backbones, self.references = members(models, copy=copy)
 
     def forward(self, inputs: Any) -> Tensor:
         """Inputs -> (batch, classes)."""

@@ -198,10 +198,10 @@ class ModelFusion(Composite):
         there = [k for k, r in enumerate(readings) if r.logits is not None]
         if not there:
             return torch.zeros((), device=self.mix.device)
-        share = self.mix[there]
+        share = self.mix[there].float()
         share = torch.where(share.sum() > 0, share, torch.ones_like(share))  # the one we start from is missing: the others
         logits = torch.stack([r.logits for r in readings if r.logits is not None]).float()
-        return torch.einsum("m,mbc->bc", share / share.sum(), logits)
+        return ((share / share.sum()).view(-1, 1, 1) * logits).sum(dim=0)
 
     def _features(self, backbone: nn.Module, tap: Tap, value: Any, inputs: Any, name: str) -> tuple[Tensor, Tensor | None]:
         return features(value, inputs, backbone.get_submodule(tap.path), pool=self.pool == "mean", name=name)

@@ -1,0 +1,287 @@
+"""`save` and `load`: a folder with `model.safetensors` and `interfuse.json`, and no pickle.
+
+What was fused or trained here is always saved by value. Member networks that were loaded from a path or hub id are saved
+by reference, with a hash of their weights, unless they were trained or it is asked otherwise; networks that came as Python
+objects are saved by value, without their code. A Transformers network alone is saved as Transformers does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from interfuse.checkpoints.source import Checkpoint, open_checkpoint
+from interfuse.checkpoints.tensors import spec_of, to_array, to_tensor
+from interfuse.checkpoints.writer import TensorWriter, whole_folder
+from interfuse.errors import CheckpointError, ModelError, OptionError, Problem, UserError, nearest
+from interfuse.models import CODE, load_model
+from interfuse.modules.ensemble import Ensemble
+from interfuse.modules.fused import ModelFusion
+from interfuse.modules.taps import Tap
+
+FORMAT = 1
+DESCRIPTION = "interfuse.json"
+TENSORS = "model.safetensors"
+
+
+def save(
+    model: nn.Module, folder: str | Path, *, backbones: Literal["reference", "value"] = "reference", overwrite: bool = False
+) -> Path:
+    """Save a `ModelFusion`, an `Ensemble` or any network; the folder appears whole or not at all.
+
+    backbones: "value" also stores the weights of frozen networks that were loaded from a path or hub id.
+    Raises `CheckpointError` where the folder exists and isn't to be overwritten.
+    """
+    with whole_folder(folder, overwrite=overwrite) as part:
+        write_model(model, part, backbones=backbones)
+    return Path(folder)
+
+
+def write_model(model: nn.Module, folder: Path, *, backbones: Literal["reference", "value"] = "reference") -> None:
+    """Write the files of `save` into a folder that exists."""
+    if backbones not in ("reference", "value"):
+        raise OptionError(Problem("backbones", f"got {backbones!r}", nearest(str(backbones), ["reference", "value"])))
+    transformers = sys.modules.get("transformers")  # where it isn't loaded, the model isn't one of its
+    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        model.save_pretrained(folder)
+        return
+    description = _describe(model)
+    by_reference = []
+    for k, member in enumerate(description.get("members", [])):
+        if member["reference"] is not None and backbones == "reference" and not member["trained"]:
+            member["stored"] = False
+            member["sha256"] = open_checkpoint(model.backbones[k]).hash()  # type: ignore[index, arg-type]
+            by_reference.append(f"backbones.{k}.")
+    tensors, description["shared"] = _distinct(model, tuple(by_reference))
+    with TensorWriter(folder / TENSORS, {name: spec_of(t) for name, t in tensors.items()}, {"format": "pt"}) as writer:
+        for name, tensor in tensors.items():
+            writer.append(name, to_array(tensor))
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    """What has to be known, beside tensors, to make the model again."""
+    from interfuse import __version__
+
+    common = {"format": FORMAT, "interfuse": __version__, "torch": torch.__version__, "class": _class(model)}
+    if isinstance(model, ModelFusion):
+        if not model.built:
+            raise ModelError(Problem("model", "its widths aren't known yet", "give it `example`, or call it once"))
+        return common | {
+            "kind": "fusion",
+            "members": _members(model),
+            "fusion": model.method.name,
+            "options": model.options,
+            "dim": model.dim,
+            "head": model.classes if model.classes is not None or model.head is None else _class(model.head),
+            "pool": model.pool,
+            "residual": model.residual,
+            "freeze": list(model.freeze),
+            "taps": [vars(tap) for tap in model.taps],
+            "widths": list(model.widths),
+            "parents": list(model.parents),
+        }
+    if isinstance(model, Ensemble):
+        return common | {"kind": "ensemble", "members": _members(model), "combine": model.combine}
+    return common | {"kind": "network"}
+
+
+def _members(model: ModelFusion | Ensemble) -> list[dict[str, Any]]:
+    frozen = model.freeze if isinstance(model, ModelFusion) else [True] * len(model.names)
+    return [
+        {"name": name, "class": _class(network), "reference": _whole(reference), "trained": not kept, "stored": True}
+        for name, network, reference, kept in zip(model.names, model.backbones, model.references, frozen, strict=True)
+    ]
+
+
+def _whole(reference: str | None) -> str | None:
+    """A folder's path that holds wherever it is loaded from; hub ids and code stay as they are."""
+    if reference is None or reference.startswith(CODE) or not Path(reference).exists():
+        return reference
+    return str(Path(reference).resolve())
+
+
+def _class(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _distinct(model: nn.Module, left_out: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state's tensors, each stored once, and name -> name for those that share another's memory."""
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(left_out):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ModelError(Problem(name, f"its state is a {type(tensor).__name__}", "a state of tensors only"))
+        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)
+        if tensor.numel() and place in seen:
+            shared[name] = seen[place]
+        else:
+            seen[place] = name
+            tensors[name] = tensor
+    return tensors, shared
+
+
+def load(
+    folder: str | Path,
+    models: Sequence[nn.Module] | Mapping[str, nn.Module] | nn.Module | None = None,
+    *,
+    head: nn.Module | None = None,
+    trust_code: bool = False,
+) -> nn.Module:
+    """Load what `save` wrote, in evaluation mode; every tensor has the bits that were saved.
+
+    models: freshly built networks for the members that were saved without their code, as a list in order, or a dict by
+        name; for a single network, that network. They are filled and become part of the result.
+    head: a freshly built head, where the fusion was given one as a module.
+    trust_code: allow members that are `python:` references.
+
+    Raises `CheckpointError` or `ModelError` naming every network that is missing or doesn't fit.
+    """
+    path = Path(folder) / DESCRIPTION
+    if not path.exists():
+        return load_model(str(folder), trust_code=trust_code)
+    about = _description(path)
+    if about["kind"] == "weights":
+        return load_model(str(folder), trust_code=trust_code)
+    checkpoint = open_checkpoint(Path(folder) / TENSORS)
+    if about["kind"] == "network":
+        if not isinstance(models, nn.Module):
+            raise ModelError(
+                Problem("models", f"{folder} holds the weights of a {about['class']}", "give such a network to fill")
+            )
+        _fill(models, checkpoint, about.get("shared", {}))
+        return models.eval()
+    members = _given(about["members"], models, trust_code)
+    model: ModelFusion | Ensemble
+    if about["kind"] == "ensemble":
+        model = Ensemble(members, combine=about["combine"], copy=False)
+    else:
+        model = _fusion(about, members, head)
+    model.references = tuple(member["reference"] for member in about["members"])
+    _fill(model, checkpoint, about.get("shared", {}), about["members"])
+    return model.eval()
+
+
+def _description(path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(path.read_text())
+        kind, version = about["kind"], about.get("format", FORMAT)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(Problem(str(path), f"can't be read: {error}", "a file that interfuse wrote")) from error
+    if kind not in ("fusion", "ensemble", "network", "weights") or version != FORMAT:
+        raise CheckpointError(
+            Problem(str(path), f"holds a {kind!r} in format {version}", f"a newer interfuse; this reads {FORMAT}")
+        )
+    return about
+
+
+def _given(members: list[dict[str, Any]], models: Any, trust_code: bool) -> dict[str, nn.Module]:
+    """A network for every member: the one given, or the one its reference names; every one that is missing at once."""
+    names = [member["name"] for member in members]
+    problems: list[Problem] = []
+    if isinstance(models, Mapping):
+        problems += [
+            Problem(f"models[{n!r}]", "no member has this name", nearest(str(n), names)) for n in models if n not in names
+        ]
+        given = dict(models)
+    else:
+        listed = [] if models is None else [models] if isinstance(models, nn.Module) else list(models)
+        if models is not None and len(listed) != len(names):
+            problems.append(Problem("models", f"{len(listed)} given for {len(names)} members", f"in this order: {names}"))
+        given = dict(zip(names, listed, strict=False))
+    found: dict[str, nn.Module] = {}
+    for member in members:
+        name, reference = member["name"], member["reference"]
+        try:
+            if given.get(name) is not None:
+                found[name] = given[name]
+            elif reference is not None:
+                found[name] = load_model(reference, trust_code=trust_code)
+            elif models is None or isinstance(models, Mapping):
+                problems.append(
+                    Problem(f"models[{name!r}]", "missing", f"it was saved without its code: give a {member['class']}")
+                )
+        except UserError as error:
+            problems += [Problem(f"models[{name!r}]", str(problem)) for problem in error.problems]
+    if problems:
+        raise ModelError(*problems)
+    return found
+
+
+def _fusion(about: dict[str, Any], members: dict[str, nn.Module], head: nn.Module | None) -> ModelFusion:
+    if isinstance(about["head"], str) and head is None:
+        raise ModelError(Problem("head", "missing", f"it was saved without its code: give a {about['head']}"))
+    model = ModelFusion(
+        members,
+        about["fusion"],
+        about["dim"],
+        head if isinstance(about["head"], str) else about["head"],
+        freeze=about["freeze"],
+        pool=about["pool"],
+        residual=about["residual"],
+        copy=False,
+        **about["options"],
+    )
+    model.make([Tap(**tap) for tap in about["taps"]], about["widths"], [model.classes if p else None for p in about["parents"]])
+    return model
+
+
+def _fill(model: nn.Module, checkpoint: Checkpoint, shared: Mapping[str, str], members: Sequence[dict[str, Any]] = ()) -> None:
+    """Put the stored tensors into the model, after finding every one that is missing or doesn't fit."""
+    outside = tuple(f"backbones.{k}." for k, member in enumerate(members) if not member["stored"])
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(outside)}
+    stored = {**checkpoint.specs, **{alias: checkpoint.specs[name] for alias, name in shared.items()}}
+    problems = _changed(model, members)
+    for name in dict.fromkeys([*state, *stored]):
+        if name not in stored:
+            problems.append(Problem(_label(name, members), "wasn't saved", "give the network that was"))
+        elif name not in state:
+            problems.append(Problem(_label(name, members), "was saved, but the network has no such tensor"))
+        elif tuple(stored[name].shape) != tuple(state[name].shape):
+            wrong = f"the network has {tuple(state[name].shape)}"
+            problems.append(Problem(_label(name, members), wrong, f"saved was {tuple(stored[name].shape)}"))
+    if problems:
+        raise CheckpointError(*problems)
+    with torch.no_grad():
+        for name in state:
+            _put(model, name, to_tensor(checkpoint.read(shared.get(name, name)).copy(), stored[name].dtype))
+
+
+def _changed(model: nn.Module, members: Sequence[dict[str, Any]]) -> list[Problem]:
+    """Members saved by reference whose weights aren't what they were."""
+    return [
+        Problem(
+            f"models[{member['name']!r}]", f"{member['reference']} has changed since this was saved", "give the same weights"
+        )
+        for member, network in zip(members, model.backbones if members else (), strict=True)  # type: ignore[arg-type]
+        if not member["stored"] and open_checkpoint(network).hash() != member["sha256"]
+    ]
+
+
+def _label(name: str, members: Sequence[dict[str, Any]]) -> str:
+    """A tensor's name with its member's name in place of the number."""
+    for k, member in enumerate(members):
+        if name.startswith(f"backbones.{k}."):
+            return f"models[{member['name']!r}].{name.removeprefix(f'backbones.{k}.')}"
+    return name
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    """Set a parameter or buffer to `value`, bit for bit; its object stays, and so does what is tied to it."""
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    target = module._parameters.get(key) if key in module._parameters else module._buffers[key]
+    assert target is not None
+    if target.dtype == value.dtype:
+        target.copy_(value)
+    else:
+        target.data = value.to(target.device)
