@@ -24,6 +24,7 @@ _INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 #: What data-parallel training, compilers and task heads put before the name of every tensor.
 _WRAPPERS = ("module.", "model.", "_orig_mod.")
 _COUNTER = "num_batches_tracked"
+_TOO_LARGE = Problem("weights", "give coefficients too large to compute with", "use weights of ordinary size")
 
 #: How an output comes from its inputs: `sum` by the method's coefficients; `same`, for integers, which must agree;
 #: `largest`, for BatchNorm's count of batches.
@@ -183,8 +184,10 @@ def _combination(
         combination = method.make(tuple(map(float, weights)), **values) if weights is not None else None
     except UserError as error:
         return None, (), [*wrong, *error.problems]
+    except OverflowError:
+        return None, (), [*wrong, _TOO_LARGE]
     if combination and not all(map(_finite, (combination.base, *combination.models, combination.total))):
-        wrong.append(Problem("weights", "give a coefficient that isn't finite", "use weights of ordinary size"))
+        wrong.append(_TOO_LARGE)
     fields = method.options.model_fields
     return combination, tuple((fields[key].alias or key, value) for key, value in values.items()), wrong
 

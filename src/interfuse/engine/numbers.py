@@ -12,10 +12,8 @@ import numpy as np
 def widen(raw: np.ndarray, dtype: str, out: np.ndarray) -> None:
     """Write the stored block `raw` of type `dtype` into `out`, float32 or float64, exactly where `out` can hold it."""
     if dtype == "BF16":
-        bits = raw.astype(np.uint32)
-        np.left_shift(bits, 16, out=bits)
-        out[...] = bits.view(np.float32)
-    else:
+        raw = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    with np.errstate(invalid="ignore"):  # a signalling NaN stays a NaN
         out[...] = raw
 
 
