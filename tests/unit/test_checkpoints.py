@@ -160,6 +160,8 @@ def test_a_file_is_read_in_blocks_of_one_buffer(tmp_path: Path) -> None:
         (raw({"t": entry(dtype=["F32"])}, b"1234"), "tensor 't': unknown dtype ['F32']"),
         (raw({"t": entry(shape=[-1])}, b"1234"), "tensor 't': bad shape [-1]"),
         (raw({"t": entry(shape=[True])}, b"1234"), "tensor 't': bad shape [True]"),
+        (raw({"t": entry(shape=[2**63])}, b"1234"), "tensor 't': bad shape [9223372036854775808]"),
+        (raw({"t": entry(shape=[1] * 65)}, b"1234"), "tensor 't': bad shape [1, 1"),
         (raw({"t": entry(shape="1")}, b"1234"), "tensor 't': bad shape '1'"),
         (raw({"t": entry(offsets=[4, 0])}, b"1234"), "tensor 't': bad data_offsets [4, 0]"),
         (raw({"t": entry(offsets=[0])}, b"1234"), "tensor 't': bad data_offsets [0]"),
@@ -208,6 +210,9 @@ def test_a_file_that_shrinks_after_opening_is_an_error_when_read(tmp_path: Path)
         list(checkpoint.blocks("a"))
     with pytest.raises(CheckpointError, match="tensor 'a' can't be read"):
         checkpoint.read("a")
+    path.unlink()
+    with pytest.raises(CheckpointError, match="can't be read: No such file"):
+        list(checkpoint.blocks("a"))
 
 
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..", "C:\\x.bin", "", "."])

@@ -97,6 +97,12 @@ def test_what_does_not_fit_is_refused(name: str, array: np.ndarray, message: str
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["__metadata__", "\ud800"])
+def test_a_name_that_the_format_cannot_hold_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(f"a tensor can't be named {name!r}")):
+        TensorWriter(tmp_path / "m.safetensors", {name: TensorSpec("F32", ())})
+
+
 def test_a_tensor_that_did_not_come_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=re.escape("tensor 'w' got 2 elements; F32[2, 3] takes 6")) as caught:
         with TensorWriter(tmp_path / "m.safetensors", SPECS) as writer:

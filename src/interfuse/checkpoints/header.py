@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 _LONGEST = 100_000_000  # bytes of header that the format allows
+_MOST_DIMENSIONS = 64  # that NumPy and torch allow
+_METADATA = "__metadata__"
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,18 @@ class Entry(NamedTuple):
 def encode_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, Entry]]:
     """The first bytes of a file that holds these tensors, and where each one's data belongs in it.
 
-    Data is laid out by falling element size, so that every tensor is aligned; the names keep their order.
+    Data is laid out by falling element size, so that every tensor is aligned; the names keep their order. A name that
+    the format can't hold is a `CheckpointError`.
     """
+    bad = [name for name in specs if name == _METADATA or not _is_text(name)]
+    if bad:
+        raise CheckpointError(*(Problem("", f"a tensor can't be named {name!r}", "rename it") for name in bad))
     starts: dict[str, int] = {}
     end = 0
     for name in sorted(specs, key=lambda name: -specs[name].storage.itemsize):
         starts[name] = end
         end += specs[name].nbytes
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     for name, spec in specs.items():
         offsets = [starts[name], starts[name] + spec.nbytes]
         entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
@@ -116,8 +123,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         seen = dict(items)
         if len(seen) < len(items):
-            names = [name for name, _ in items]
-            repeated.extend(name for name in seen if names.count(name) > 1)
+            repeated.extend(name for name, times in Counter(name for name, _ in items).items() if times > 1)
         return seen
 
     try:
@@ -128,7 +134,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         raise CheckpointError(*(_damaged(path, f"{name!r} is there more than once") for name in repeated))
     if not isinstance(entries, dict):
         raise CheckpointError(_damaged(path, f"the header is a {type(entries).__name__}, not an object"))
-    entries.pop("__metadata__", None)
+    entries.pop(_METADATA, None)
     return entries
 
 
@@ -155,7 +161,7 @@ def _wrong(entry: Any, size: int) -> str:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in STORAGE:
         return f"unknown dtype {dtype!r}"
-    if not _counts(shape):
+    if not _counts(shape) or len(shape) > _MOST_DIMENSIONS:
         return f"bad shape {shape!r}"
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return f"bad data_offsets {offsets!r}"
@@ -168,7 +174,15 @@ def _wrong(entry: Any, size: int) -> str:
 
 
 def _counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # half of a pair: JSON can say it, UTF-8 can't
+        return False
+    return True
 
 
 def _gaps(found: Mapping[str, Entry], start: int, end: int) -> list[str]:

@@ -8,6 +8,7 @@ nothing here looks at what a tensor means.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -74,7 +75,7 @@ class Checkpoint:
                 yield flat[start : start + size]
             return
         buffer = np.empty(min(size, spec.count), spec.storage)
-        with place.path.open("rb", buffering=0) as file:
+        with _open(place.path) as file:
             file.seek(place.offset)
             for start in range(0, spec.count, size):
                 block = buffer[: min(size, spec.count - start)]
@@ -237,7 +238,14 @@ def _tensor(value: Any) -> tuple[TensorSpec, Callable[[], np.ndarray]]:
     return spec_of(value), lambda: to_array(value)
 
 
-def _fill(file: Any, block: np.ndarray, path: Path, name: str) -> None:
+def _open(path: Path) -> io.FileIO:
+    try:
+        return io.FileIO(path)
+    except OSError as error:
+        raise CheckpointError(Problem(str(path), f"can't be read: {error.strerror}")) from None
+
+
+def _fill(file: io.FileIO, block: np.ndarray, path: Path, name: str) -> None:
     view = block.view(np.uint8).data
     while view:  # a read may bring less than was asked for
         got = file.readinto(view)

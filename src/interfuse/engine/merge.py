@@ -28,7 +28,7 @@ from interfuse.plan import FLOATS, Plan, plan_merge
 if TYPE_CHECKING:
     import torch
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".index.json")
 #: What speaks of the copied model alone: its card, and how it was itself made.
 _ITS_OWN = ("README.md", "interfuse.json")
 _LARGEST_SIDE_FILE = 64 * 2**20
