@@ -157,11 +157,7 @@ def test_what_a_merge_refuses(keys: dict[str, Any], path: str, said: str) -> Non
         ({"fusion": "ensemble", "models": ["a", "b"], "training": {"epochs": 1}}, "training", "an ensemble isn't trained"),
         ({"fusion": "ensemble", "models": ["a", "b"], "parameters": {"combine": "x"}}, "parameters.combine", "got 'x'"),
         ({}, "models", "0 models"),
-        (
-            {"fusion": "mean", "models": ["a", "b"], "training": {"epochs": 0}},
-            "head",
-            "the number of classes has to be written",
-        ),
+        ({"fusion": "mean", "models": ["a", "b"], "training": {"epochs": 0}}, "data.train", "a fusion of features is trained"),
     ],
 )
 def test_what_the_other_forms_refuse(recipe: dict[str, Any], path: str, said: str) -> None:

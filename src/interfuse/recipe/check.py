@@ -195,11 +195,8 @@ def _misplaced(recipe: Recipe) -> Iterator[Problem]:
 def _data(recipe: Recipe) -> Iterator[Problem]:
     data, form = recipe.data, recipe.form
     train, validation, test = (data.train, data.validation, data.test) if data else (None, None, None)
-    trains = form in ("fusion", "single") and not (recipe.training is not None and recipe.training.epochs == 0)
-    if form == "fusion" and trains and train is None:
-        yield Problem("data.train", "missing", "a fusion of features is trained: give data, or training: {epochs: 0}")
-    if form == "fusion" and not trains and train is None and recipe.head is None:
-        yield Problem("head", "missing", "without data the number of classes has to be written: head: {classes: 10}")
+    if form == "fusion" and train is None:
+        yield Problem("data.train", "missing", "a fusion of features is trained: give the data to train on")
     if form == "single" and train is None and test is None:
         yield Problem("data", "neither train nor test is given", "give data.train to train, data.test to evaluate")
     if form == "single" and train is None and recipe.training is not None:

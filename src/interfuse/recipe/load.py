@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,21 @@ def load_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
     return _or_raise(recipe, problems)
 
 
-def check_recipe(source: str | Path | Mapping[str, Any] | Recipe, *, trust_code: bool = False) -> Recipe:
-    """`load_recipe`, and the files that a run reads: what is missing, and code that isn't trusted, are problems too."""
+def check_recipe(
+    source: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    trust_code: bool = False,
+    also: Callable[[Recipe], list[Problem]] = lambda recipe: [],
+) -> Recipe:
+    """`load_recipe`, and the files that a run reads: what is missing, and code that isn't trusted, are problems too.
+
+    `also` finds further problems of a recipe whose form may be faulty elsewhere.
+    """
     recipe, problems = (source, []) if isinstance(source, Recipe) else _read(source)
     if recipe is not None:
         problems = _joined(problems, form_problems(recipe))
         problems = _joined(problems, run_problems(recipe, trust_code=trust_code))
+        problems = _joined(problems, also(recipe))
     return _or_raise(recipe, problems)
 
 

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from interfuse.registry import Method, methods
+
 Ref = Annotated[str, Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -45,18 +47,18 @@ class ModelEntry(Section):
         "(needs --trust-code); for a merge also a file of weights."
     )
     name: str | None = Field(
-        None,
+        default=None,
         pattern=r"^[A-Za-z0-9_-]+$",
         description="What the model is called in tables and weights; left out, it is read off the reference.",
     )
     weights: Ref | None = Field(
-        None, description="A safetensors file, or a folder with one, that fills the network which `model` builds."
+        default=None, description="A safetensors file, or a folder with one, that fills the network which `model` builds."
     )
     tap: Ref | None = Field(
-        None, description="The module whose output is the feature; left out, what feeds the last Linear layer."
+        default=None, description="The module whose output is the feature; left out, what feeds the last Linear layer."
     )
     freeze: bool | None = Field(
-        None,
+        default=None,
         description="Whether this model's weights stay as they are. Default: true in a fusion; false for a model alone, "
         "where true trains only the last Linear layer.",
     )
@@ -108,12 +110,12 @@ class DataSection(Section):
     """The data sets, and how they are read."""
 
     train: Ref | None = Field(
-        None,
+        default=None,
         description="What is learned from: an npz or csv(.gz) file, a folder of images by class, a folder or hub id of "
         "`datasets` (`id:split`), or python:package.module:function (needs --trust-code).",
     )
     validation: Any = Field(
-        None,
+        default=None,
         description="The share of the training data that is held out (between 0 and 1), or a source of its own.",
         json_schema_extra={
             "anyOf": [
@@ -123,10 +125,10 @@ class DataSection(Section):
             ]
         },
     )
-    test: Ref | None = Field(None, description="What is evaluated on; never seen in training.")
-    seed: int | None = Field(None, ge=0, description="The seed of the split; left out, the recipe's.")
+    test: Ref | None = Field(default=None, description="What is evaluated on; never seen in training.")
+    seed: int | None = Field(default=None, ge=0, description="The seed of the split; left out, the recipe's.")
     input: Any = Field(
-        None,
+        default=None,
         description="The array or column that is read as input (npz: x; csv: text, or all columns of numbers), "
         "or one for each model by name.",
         json_schema_extra={
@@ -137,10 +139,10 @@ class DataSection(Section):
             ]
         },
     )
-    target: Ref | None = Field(None, description="The array or column of targets (npz: y; csv: label, or the last).")
-    image_size: Count | None = Field(None, description="Images are resized to this many pixels a side.")
-    mean: list[float] | None = Field(None, description="A value a channel, subtracted from images in [0, 1].")
-    std: list[Positive] | None = Field(None, description="A value a channel that images are then divided by.")
+    target: Ref | None = Field(default=None, description="The array or column of targets (npz: y; csv: label, or the last).")
+    image_size: Count | None = Field(default=None, description="Images are resized to this many pixels a side.")
+    mean: list[float] | None = Field(default=None, description="A value a channel, subtracted from images in [0, 1].")
+    std: list[Positive] | None = Field(default=None, description="A value a channel that images are then divided by.")
 
     @field_validator("validation")
     @classmethod
@@ -163,40 +165,40 @@ class DataSection(Section):
 class Training(Section):
     """The options of `fit`. Left out, a value is `fit`'s own default."""
 
-    epochs: int | None = Field(None, ge=0, description="Passes over the training data; 0 trains nothing.")
-    learning_rate: Positive | None = Field(None, description="AdamW's learning rate at its peak.")
-    batch_size: Count | None = Field(None, description="Samples a step.")
-    weight_decay: NonNegative | None = Field(None, description="AdamW's weight decay.")
-    patience: Count | None = Field(None, description="Stop after this many epochs without a better validation value.")
-    seed: int | None = Field(None, ge=0, description="The seed of training; left out, the recipe's.")
-    loss: Ref | None = Field(None, description="The loss by name; `auto` goes by the targets.")
-    metric: Ref | None = Field(None, description="What the best epoch is chosen by; left out, it goes by the targets.")
+    epochs: int | None = Field(default=None, ge=0, description="Passes over the training data; 0 trains nothing.")
+    learning_rate: Positive | None = Field(default=None, description="AdamW's learning rate at its peak.")
+    batch_size: Count | None = Field(default=None, description="Samples a step.")
+    weight_decay: NonNegative | None = Field(default=None, description="AdamW's weight decay.")
+    patience: Count | None = Field(default=None, description="Stop after this many epochs without a better validation value.")
+    seed: int | None = Field(default=None, ge=0, description="The seed of training; left out, the recipe's.")
+    loss: Ref | None = Field(default=None, description="The loss by name; `auto` goes by the targets.")
+    metric: Ref | None = Field(default=None, description="What the best epoch is chosen by; left out, it goes by the targets.")
 
 
 class Evaluate(Section):
     """How `data.test` is scored."""
 
-    metric: Ref | None = Field(None, description="The metric; left out, accuracy for classes, mse for numbers.")
-    batch_size: Count | None = Field(None, description="Samples a batch.")
+    metric: Ref | None = Field(default=None, description="The metric; left out, accuracy for classes, mse for numbers.")
+    batch_size: Count | None = Field(default=None, description="Samples a batch.")
 
 
 class Recipe(Section):
     """Several trained models in, one better model out: what to fuse, how, on which data."""
 
     fusion: Ref | None = Field(
-        None, description="How features or outputs are fused; see `interfuse methods`. Left out: a merge, or one model."
+        default=None, description="How features or outputs are fused; see `interfuse methods`. Left out: a merge, or one model."
     )
-    merge_method: Ref | None = Field(None, description="How weights are merged, in mergekit's spelling.")
-    base_model: Ref | None = Field(None, description="The common ancestor, for merges of task vectors.")
+    merge_method: Ref | None = Field(default=None, description="How weights are merged, in mergekit's spelling.")
+    base_model: Ref | None = Field(default=None, description="The common ancestor, for merges of task vectors.")
     models: list[ModelEntry] = Field(default_factory=list, description="The pool of models, in order.")
     parameters: dict[str, Any] = Field(default_factory=dict, description="The method's options.")
-    head: Head | None = Field(None, description="The outputs; left out, they are taken from the data's classes.")
-    dtype: Ref | None = Field(None, description="The type of a merge's inputs, and the output's default.")
-    out_dtype: Ref | None = Field(None, description="The type that a merge is written in.")
-    data: DataSection | None = Field(None, description="The data sets.")
-    training: Training | None = Field(None, description="How to train.")
-    evaluate: Evaluate | None = Field(None, description="How to score on data.test.")
-    seed: int = Field(0, ge=0, description="The seed of everything random.")
+    head: Head | None = Field(default=None, description="The outputs; left out, they are taken from the data's classes.")
+    dtype: Ref | None = Field(default=None, description="The type of a merge's inputs, and the output's default.")
+    out_dtype: Ref | None = Field(default=None, description="The type that a merge is written in.")
+    data: DataSection | None = Field(default=None, description="The data sets.")
+    training: Training | None = Field(default=None, description="How to train.")
+    evaluate: Evaluate | None = Field(default=None, description="How to score on data.test.")
+    seed: int = Field(default=0, ge=0, description="The seed of everything random.")
 
     @property
     def form(self) -> str:
@@ -211,10 +213,12 @@ class Recipe(Section):
 class Wide(Section):
     """The options that every fusion of features has, beside those of its method: `ModelFusion`'s own."""
 
-    dim: Count | None = Field(None, description="The width of the fused features; left out, the largest width, at most 256.")
-    pool: Literal["mean", "none"] | None = Field(None, description="Tokens and places: to one vector a model, or kept.")
+    dim: Count | None = Field(
+        default=None, description="The width of the fused features; left out, the largest width, at most 256."
+    )
+    pool: Literal["mean", "none"] | None = Field(default=None, description="Tokens and places: to one vector a model, or kept.")
     residual: bool | None = Field(
-        None, description="Whether the models' own predictions are added, so that training starts there."
+        default=None, description="Whether the models' own predictions are added, so that training starts there."
     )
 
 
@@ -228,13 +232,16 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 
+def options_schema(method: Method) -> dict[str, Any]:
+    """The options that a recipe may give `method`, as JSON Schema properties."""
+    wide = Wide.model_json_schema()["properties"] if method.level == "features" else {}
+    return method.options.model_json_schema().get("properties", {}) | wide
+
+
 def recipe_schema() -> dict[str, Any]:
     """The JSON Schema of a recipe, for editors: with the methods' names and, for each, its options."""
-    from interfuse.registry import methods
-
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    wide = Wide.model_json_schema()["properties"]
     rules = []
     for key, levels in (("fusion", ("features", "outputs")), ("merge_method", ("weights",))):
         known = [m for m in methods() if m.level in levels]
@@ -242,12 +249,10 @@ def recipe_schema() -> dict[str, Any]:
         field.pop("anyOf", None)
         field.update({"type": "string", "examples": [m.name for m in known]})
         for method in known:
-            options = method.options.model_json_schema().get("properties", {})
-            options |= wide if method.level == "features" else {}
             rules.append(
                 {
                     "if": {"properties": {key: {"const": method.name}}, "required": [key]},
-                    "then": {"properties": {"parameters": {"properties": options}}},
+                    "then": {"properties": {"parameters": {"properties": options_schema(method)}}},
                 }
             )
     schema["allOf"] = rules

@@ -1,0 +1,232 @@
+"""The command line: each command is a few lines over the public functions.
+
+Exit status: 0 done; 2 the user's mistake, every problem on standard error, one a line, or a library that isn't installed;
+130 interrupted; 1 anything else, with the traceback under `--debug`. With `--json` standard output holds one JSON document
+and nothing else. Nothing heavy is imported until a command runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from interfuse import __version__
+from interfuse.errors import MissingExtra, OptionError, Problem, UserError, nearest
+
+app = typer.Typer(
+    name="interfuse",
+    help="Several trained deep-learning models in, one better model out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, on standard output.")]
+TrustCode = Annotated[bool, typer.Option("--trust-code", help="Allow python: references, which run code.")]
+Device = Annotated[str | None, typer.Option(help="Where to compute: cpu or cuda. Left out: cuda if there is one.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"interfuse {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an unexpected error.")] = False,
+) -> None:
+    """Several trained deep-learning models in, one better model out."""
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, in YAML.")],
+    out: Annotated[Path, typer.Argument(help="The output folder; it appears whole or not at all.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="How many CPU threads to compute with.")] = None,
+    device: Device = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="In place of the recipe's seed.")] = None,
+    overwrite: Overwrite = False,
+    trust_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe: merge, fuse, train and evaluate; write the result to a folder."""
+    from interfuse.pipeline import run as run_recipe
+
+    record = run_recipe(
+        recipe,
+        out,
+        overwrite=overwrite,
+        trust_code=trust_code,
+        seed=seed,
+        threads=threads,
+        device=device,
+        dry_run=dry_run,
+    )
+    typer.echo(_document(record.to_dict()) if as_json else record.text())
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None,
+    level: Annotated[str | None, typer.Option(help="Only this level: weights, features or outputs.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the methods: level, what each needs, options with their defaults and ranges, paper."""
+    from interfuse.registry import LEVELS
+    from interfuse.registry import methods as all_methods
+
+    if level is not None and level not in LEVELS:
+        raise OptionError(Problem("--level", f"got {level!r}", nearest(level, LEVELS)))
+    found = [_described(m) for m in all_methods() if name in (None, m.name) and level in (None, m.level)]
+    if name is not None and not found:
+        raise OptionError(Problem("NAME", f"no method is named {name!r}", nearest(name, [m.name for m in all_methods()])))
+    if as_json:
+        typer.echo(_document(found))
+    elif name is not None:
+        typer.echo("\n\n".join(map(_in_full, found)))
+    else:
+        _print(_table(found))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Output folders, recipes, or models.", metavar="FOLDER_OR_RECIPE...")],
+    data: Annotated[str, typer.Option(help="The test data: a file, a folder, or a hub id.")],
+    metric: Annotated[str | None, typer.Option(help="Left out: accuracy for classes, mse for numbers.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the table and its plots as one HTML page.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the table as Markdown.")] = None,
+    device: Device = None,
+    trust_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare finished runs (or recipes, which are run first) on the same test data: quality, size, speed, memory."""
+    from interfuse.pipeline import compare_runs
+
+    comparison = compare_runs(runs, data, metric=metric, trust_code=trust_code, device=device)
+    if markdown is not None:
+        markdown.write_text(comparison.markdown(), encoding="utf-8")
+    if html is not None:
+        from interfuse.report.html import write_report
+
+        write_report(comparison, html)
+    if as_json:
+        typer.echo(comparison.json())
+    else:
+        _print(comparison)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from interfuse.recipe import recipe_schema
+
+    typer.echo(_document(recipe_schema()))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where to write the demo's report and models.")] = Path("demo-out"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Fuse real pretrained networks on real data, compare them with their parents, and write the report."""
+    from interfuse.demo.main import demo as run_demo
+
+    run_demo(out, overwrite)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point of the `interfuse` command; ends in `SystemExit`."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(given, prog_name="interfuse")
+    except (UserError, MissingExtra) as error:
+        typer.echo(str(error), err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if "--debug" in given:
+            traceback.print_exc()
+        first = str(error).partition("\n")[0]
+        typer.echo(f"{type(error).__name__}: {first} (more with interfuse --debug ...)", err=True)
+        sys.exit(1)
+
+
+def _document(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def _print(renderable: Any) -> None:
+    """Print a table: as wide as the terminal, and off one as wide as it has to be."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 240)
+    console.print(renderable)
+
+
+def _described(method: Any) -> dict[str, Any]:
+    """A method as JSON: its options are JSON Schema properties, with types, ranges and defaults."""
+    from interfuse.recipe.schema import options_schema
+
+    return {
+        "name": method.name,
+        "level": method.level,
+        "summary": method.summary,
+        "needs": method.needs or "nothing",
+        "options": options_schema(method),
+        "paper": method.paper,
+    }
+
+
+def _in_full(method: dict[str, Any]) -> str:
+    lines = [f"{method['name']} ({method['level']})", f"  {method['summary']}", f"  needs: {method['needs']}"]
+    lines += [f"  paper: {method['paper']}"] if method["paper"] else []
+    lines += ["  options:"] if method["options"] else []
+    for name, option in method["options"].items():
+        about = option.get("description", "")
+        lines.append(f"    {_option(name, option)}{'  ' + about if about else ''}")
+    return "\n".join(lines)
+
+
+def _table(found: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table("Method", "Level", "Does", "Needs", "Options", "Paper")
+    for m in found:
+        options = "\n".join(_option(name, option) for name, option in m["options"].items())
+        table.add_row(m["name"], m["level"], m["summary"], m["needs"], options, m["paper"])
+    return table
+
+
+def _option(name: str, option: dict[str, Any]) -> str:
+    """`heads: integer, at least 1, default 4`."""
+    kinds = [kind for kind in option.get("anyOf", [option]) if kind.get("type") != "null"]
+    words = []
+    for kind in kinds:
+        words.append(" | ".join(map(str, kind["enum"])) if "enum" in kind else str(kind.get("type", "any")))
+        for key, text in (
+            ("minimum", "at least"),
+            ("exclusiveMinimum", "above"),
+            ("maximum", "at most"),
+            ("exclusiveMaximum", "below"),
+        ):
+            words += [f"{text} {kind[key]:g}"] if key in kind else []
+    if "default" in option:
+        default = option["default"]
+        words.append("left out by default" if default is None else f"default {json.dumps(default)}")
+    return f"{name}: {', '.join(words)}"

@@ -1,0 +1,147 @@
+"""What a run leaves beside the model: its record, in `interfuse.json`, the recipe as it was run, and a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import platform
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from interfuse import __version__
+from interfuse.recipe import Recipe
+from interfuse.recipe.check import names_of
+
+RECIPE = "recipe.yaml"
+DESCRIPTION = "interfuse.json"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What was run and what came of it.
+
+    out: the folder, None in a dry run. form: fusion, ensemble, merge or single; method: its name, "" for one model alone.
+    plan: what was, or would be, done, as text. inputs: models and data sets with SHA-256 hashes, where they have one.
+    training: `FitRecord` as a dict. test: metric, value, low and high (95% bootstrap interval), examples.
+    """
+
+    out: Path | None
+    form: str
+    method: str
+    models: tuple[str, ...]
+    seed: int
+    plan: str
+    inputs: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] | None = None
+    test: dict[str, Any] | None = None
+    papers: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON; what isn't a finite number is null."""
+        values = dataclasses.asdict(self) | {"out": None if self.out is None else str(self.out)}
+        plain: dict[str, Any] = _plain(values)
+        return plain
+
+    def text(self) -> str:
+        """The record in a few lines."""
+        if self.out is None:
+            return f"{self.plan}\nnothing was written (dry run)"
+        lines = [f"{self.out}: {self.title()}, in {self.seconds:.1f} s"]
+        return "\n".join([*lines, *self.scores()])
+
+    def title(self) -> str:
+        """`attention fusion of cnn and vit`."""
+        names = " and ".join([", ".join(self.models[:-1]), self.models[-1]]) if len(self.models) > 1 else self.models[0]
+        what = {"fusion": f"{self.method} fusion of ", "merge": f"{self.method} merge of ", "ensemble": "ensemble of "}
+        return what.get(self.form, "") + names
+
+    def scores(self) -> list[str]:
+        """One line for the validation, one for the test."""
+        lines = []
+        if self.training is not None and self.training["best"]:
+            values = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in self.training["best"].items())
+            lines.append(f"best epoch {self.training['best_epoch']}: {values}")
+        if self.test is not None:
+            t = self.test
+            interval = f"95% interval {t['low']:.4g} to {t['high']:.4g}, {t['examples']} examples"
+            lines.append(f"test {t['metric']} {t['value']:.4g} ({interval})")
+        return lines
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write(folder: Path, recipe: Recipe, record: RunRecord, kind: str) -> None:
+    """Add the run to what `save` or `merge` wrote in `folder`; `kind` is said where they wrote no description."""
+    path = folder / DESCRIPTION
+    about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"kind": kind, "interfuse": __version__}
+    about["run"] = record.to_dict() | {"plan": None}
+    path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / RECIPE).write_text(as_yaml(recipe), encoding="utf-8")
+    (folder / "README.md").write_text(_card(recipe, record), encoding="utf-8")
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The recipe as a file that can be run again from any folder."""
+    values = recipe.model_dump(mode="json", exclude_defaults=True) | {"seed": recipe.seed}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _card(recipe: Recipe, record: RunRecord) -> str:
+    entries = zip(names_of(recipe), recipe.models, strict=True)
+    models = [f"- {name}: `{e.model}`" + (f" with `{e.weights}`" if e.weights else "") for name, e in entries]
+    models += [f"- base: `{recipe.base_model}`"] if recipe.base_model else []
+    parts = [
+        "---\nlibrary_name: interfuse\ntags: [model-fusion]\n---",
+        f"# {record.title()[:1].upper()}{record.title()[1:]}",
+        "\n".join(["Made from:", "", *models]),
+    ]
+    if record.scores():
+        parts.append("\n".join(["## Quality", "", *(f"- {line}" for line in record.scores())]))
+    parts.append(f"## Recipe\n\n```yaml\n{as_yaml(recipe)}```")
+    parts.append(
+        "## Use\n\n```python\nfrom interfuse.pipeline import load_run\n\n"
+        'model = load_run("this-folder")  # trust_code=True where the recipe names code that you trust\n```'
+    )
+    if record.papers:
+        parts.append("\n".join(["## Sources", "", *(f"- {paper}" for paper in record.papers)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """The versions of what is loaded and could change a result."""
+    names = ("numpy", "torch", "lightning", "transformers", "datasets", "pillow")
+    modules = {"pillow": "PIL"}
+    found = {name: importlib.metadata.version(name) for name in names if modules.get(name, name) in sys.modules}
+    return {"interfuse": __version__, "python": platform.python_version(), **found}
+
+
+def hash_source(source: str) -> str | None:
+    """The SHA-256 of a data file, or of all files in a folder with their names; None for what isn't on this disk."""
+    path = Path(source)
+    if not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        if path.is_dir():
+            digest.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as opened:
+            while block := opened.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()

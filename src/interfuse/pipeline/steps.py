@@ -1,0 +1,183 @@
+"""`run`: check everything, then do it, into a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from interfuse.checkpoints.source import open_checkpoint
+from interfuse.checkpoints.writer import whole_folder
+from interfuse.engine.merge import merge
+from interfuse.errors import OptionError, Problem
+from interfuse.pipeline.finished import description, is_saved
+from interfuse.pipeline.record import RunRecord, hash_source, versions, write
+from interfuse.plan import plan_merge
+from interfuse.recipe import Recipe, check_recipe
+from interfuse.recipe.check import experts_of, method_of, names_of, options_of, weights_of
+
+
+def check(recipe: str | Path | Mapping[str, Any] | Recipe, *, trust_code: bool = False) -> Recipe:
+    """The recipe, ready to run; `RecipeError` with everything that can be found wrong without loading a model or data."""
+    return check_recipe(recipe, trust_code=trust_code, also=_further)
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    trust_code: bool = False,
+    seed: int | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> RunRecord:
+    """Run a recipe: merge, fuse, train, evaluate, and write the model and its record to the folder `out`.
+
+    recipe: a YAML file, or a mapping. out: appears whole or not at all; one that is there needs `overwrite`.
+    trust_code: allow `python:` references. seed: in place of the recipe's. threads: torch's, for this run.
+    device: "cpu" or "cuda"; left out, cuda if there is one. dry_run: check all, write nothing.
+
+    Raises `UserError` with every problem, before anything is written.
+    """
+    started = time.monotonic()
+    checked = check(recipe, trust_code=trust_code)
+    if seed is not None:
+        checked = checked.model_copy(update={"seed": seed})
+    _check_options(seed, threads, device)
+    method = method_of(checked)
+    record = RunRecord(
+        out=None,
+        form=checked.form,
+        method=method.name if method else "",
+        models=tuple(names_of(checked)),
+        seed=checked.seed,
+        plan=_plan(checked),
+        papers=(method.paper,) if method and method.paper else (),
+    )
+    if dry_run:
+        return dataclasses.replace(record, versions=versions(), seconds=time.monotonic() - started)
+    with whole_folder(out, overwrite=overwrite, inputs=_inputs(checked)) as folder:
+        if merges_files(checked):
+            merge_files(checked, folder)
+        found: Any = None
+        if not merges_files(checked) or checked.data is not None:
+            from interfuse.pipeline import networks
+
+            step = networks.evaluate_merged if merges_files(checked) else networks.run_networks
+            with networks.settled(checked.seed, threads):
+                found = step(checked, folder, trust_code=trust_code, device=device, progress=progress)
+        record = dataclasses.replace(
+            record,
+            out=Path(out),
+            inputs=_hashed(checked, found.hashes if found else {}, description(folder)),
+            training=found.training if found else None,
+            test=found.test if found else None,
+            versions=versions(),
+            seconds=time.monotonic() - started,
+        )
+        write(folder, checked, record, kind="weights")
+    return record
+
+
+def merges_files(recipe: Recipe) -> bool:
+    """Whether the recipe is a merge from file to file, without building a network."""
+    entries = experts_of(recipe) if recipe.form == "merge" else []
+    refs = [entry.model for entry in entries] + ([] if recipe.base_model is None else [recipe.base_model])
+    return (
+        recipe.form == "merge"
+        and all(Path(ref).exists() and not is_saved(ref) for ref in refs)
+        and all(entry.weights is None for entry in entries)
+    )
+
+
+def merge_files(recipe: Recipe, folder: Path) -> None:
+    """Merge checkpoints into `folder`, which is there and empty."""
+    merge(
+        str(recipe.merge_method),
+        [entry.model for entry in experts_of(recipe)],
+        base=recipe.base_model,
+        out=folder,
+        weights=weights_of(recipe),
+        dtype=recipe.out_dtype or recipe.dtype,
+        **options_of(recipe),
+    )
+
+
+def _further(recipe: Recipe) -> list[Problem]:
+    """What the recipe alone doesn't show: names of metrics and losses, and merged files that are to be evaluated."""
+    problems = []
+    named = recipe.training is not None and (recipe.training.metric or recipe.training.loss)
+    if named or (recipe.evaluate is not None and recipe.evaluate.metric):
+        from interfuse.pipeline.networks import names_problems
+
+        problems += names_problems(recipe)
+    if recipe.data is not None and recipe.data.test is not None and recipe.models and merges_files(recipe):
+        reference = Path(recipe.base_model or recipe.models[0].model)
+        if not (reference / "config.json").is_file():
+            allowed = "name the code: model: python:module:function with weights: FILE"
+            problems.append(Problem("data.test", f"{reference} has no network to evaluate the merge with", allowed))
+    return problems
+
+
+def _check_options(seed: int | None, threads: int | None, device: str | None) -> None:
+    problems = [
+        Problem(name, f"got {value!r}", f"a whole number from {least}")
+        for name, value, least in (("seed", seed, 0), ("threads", threads, 1))
+        if value is not None and (not isinstance(value, int) or value < least)
+    ]
+    if device is not None:
+        from interfuse.pipeline.networks import check_device
+
+        problems += check_device(device)
+    if problems:
+        raise OptionError(*problems)
+
+
+def _plan(recipe: Recipe) -> str:
+    """What a run does, as text; a merge of files is resolved tensor by tensor from the files' headers."""
+    if merges_files(recipe):
+        base = None if recipe.base_model is None else open_checkpoint(recipe.base_model)
+        experts = [open_checkpoint(entry.model) for entry in experts_of(recipe)]
+        dtype = recipe.out_dtype or recipe.dtype
+        return str(plan_merge(str(recipe.merge_method), experts, base, options_of(recipe), weights_of(recipe), dtype))
+    lines = [f"{recipe.form}{f': {method.name}' if (method := method_of(recipe)) else ''}"]
+    lines += [f"  {key}: {value}" for key, value in options_of(recipe).items()]
+    for name, entry in zip(names_of(recipe), recipe.models, strict=True):
+        more = entry.model_dump(exclude_defaults=True, exclude={"model", "name"})
+        lines.append(f"model {name}: {entry.model}" + "".join(f", {key} {value}" for key, value in more.items()))
+    for key in ("base_model", "head", "data", "training", "evaluate"):
+        value = getattr(recipe, key)
+        if value is not None:
+            shown = value if isinstance(value, str) else value.model_dump(exclude_none=True)
+            lines.append(f"{key}: {shown}")
+    return "\n".join([*lines, f"seed: {recipe.seed}"])
+
+
+def _inputs(recipe: Recipe) -> list[str]:
+    """The files and folders that are read, which the output must not replace."""
+    refs: list[Any] = [recipe.base_model, *(ref for entry in recipe.models for ref in (entry.model, entry.weights))]
+    if recipe.data is not None:
+        refs += [recipe.data.train, recipe.data.validation, recipe.data.test]
+    return [ref for ref in refs if isinstance(ref, str) and Path(ref).exists()]
+
+
+def _hashed(recipe: Recipe, hashes: Mapping[str, str], merged: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with their hashes: of the networks as loaded, or as a merge of files found them."""
+    found = {part["model"]: part["sha256"] for part in [merged.get("base"), *merged.get("models", [])] if part}
+    models = []
+    for name, entry in zip(names_of(recipe), recipe.models, strict=True):
+        about = {"name": name, "model": entry.model, "weights": entry.weights}
+        models.append(about | {"sha256": hashes.get(name) or found.get(entry.model)})
+    if recipe.base_model is not None:
+        sha = hashes.get(" base") or found.get(recipe.base_model)
+        models.append({"name": "base", "model": recipe.base_model, "weights": None, "sha256": sha})
+    sources = recipe.data.model_dump(include={"train", "validation", "test"}) if recipe.data is not None else {}
+    data = {
+        key: {"source": ref, "sha256": hash_source(ref)} for key, ref in sources.items() if isinstance(ref, str)
+    }  # fmt: skip
+    return {"models": models, "data": data}
