@@ -129,6 +129,14 @@ def test_json_comes_back_as_it_was() -> None:
     assert Comparison.from_dict(values) == result
 
 
+def test_an_iterator_serves_every_model() -> None:
+    x, y = classes()
+    result = compare(pool(), ((x[i : i + 30], y[i : i + 30]) for i in range(0, 90, 30)), bootstrap=20)
+    assert result.examples == (90,)
+    assert result["mixed"].score == compare(pool(), (x, y), bootstrap=20)["mixed"].score
+    assert result["mixed"].cost.batch == 30
+
+
 def test_models_are_left_as_they_were() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -66,11 +66,11 @@ def compare(
     over it must give the examples in one order. `bootstrap` is the number of resamples behind each interval. Costs are
     measured on the first `cost_batch` examples of the first batch, on the device that holds the model or on `device`.
     Where `parents` are named, every other model gets the paired difference to `best_parent`, by default the parent with
-    the best score on this same data. `cache` is the folder of frozen backbones' features, or None.
-    Raises `UserError`, with every problem in the arguments before a model is run.
+    the best score on this same data. `cache` is the folder of frozen backbones' features, or None. Raises `UserError`,
+    with every problem in the arguments before a model is run.
     """
     named = _named(models)
-    tasks = dict(data) if isinstance(data, Mapping) else {"data": data}
+    tasks = _tasks(data)
     sizes = {"batch_size": batch_size, "cost_batch": cost_batch, "bootstrap": bootstrap}
     problems = _problems(named, tasks, sizes, confidence, parents, best_parent, device)
     measure = _metric(metric, problems)
@@ -79,19 +79,18 @@ def compare(
 
     def run(name: str, model: nn.Module) -> _Run:
         scores, weights = {}, {}
-        for number, (task, source) in enumerate(tasks.items()):
-            found = predict(model, source, batch_size=batch_size, device=device, cache=cache, progress=False)
-            with _naming(name, task if len(tasks) > 1 else ""):
-                wanted = _same_targets(found, seen, task)
-                scores[task] = resampled(measure, found.outputs, wanted, resamples=bootstrap, seed=seed + number)
-            if found.weights is not None:
-                weights[task] = _by_class(found.weights.detach().cpu(), wanted, model, source)
-        return _Run(name, scores, weights, cost(model, example))
-
-    runs = []
-    for name, model in track(named.items(), "comparing", len(named), shown=progress):
         with _on(model, device):
-            runs.append(run(name, model))
+            for number, (task, source) in enumerate(tasks.items()):
+                found = predict(model, source, batch_size=batch_size, device=device, cache=cache, progress=False)
+                with _naming(name, task if len(tasks) > 1 else ""):
+                    wanted = _same_targets(found, seen, task)
+                    scores[task] = resampled(measure, found.outputs, wanted, resamples=bootstrap, seed=seed + number)
+                if found.weights is not None:
+                    weights[task] = _by_class(found.weights.detach().cpu(), wanted, model, source)
+            return _Run(name, scores, weights, cost(model, example))
+
+    shown = track(named.items(), "comparing", len(named), shown=progress)
+    runs = [run(name, model) for name, model in shown]
     reference = _reference(runs, parents, best_parent, measure)
     return Comparison(
         metric=measure.name,
@@ -103,7 +102,7 @@ def compare(
         resamples=bootstrap,
         best_parent=reference.name if reference else None,
         chosen_here=reference is not None and best_parent is None,
-        device=_described(device_of(next(iter(named.values()))) if device is None else torch.device(device)),
+        device=_described(device or device_of(next(iter(named.values())))),
     )
 
 
@@ -118,6 +117,12 @@ def _named(models: Mapping[str, nn.Module] | Sequence[nn.Module]) -> dict[str, n
         met[kind] += 1
         names[kind if met[kind] == 1 else f"{kind}-{met[kind]}"] = model
     return names
+
+
+def _tasks(data: Any) -> dict[str, Any]:
+    """Data by task. What can be gone through once only is kept, since every model goes through it."""
+    tasks = data if isinstance(data, Mapping) else {"data": data}
+    return {task: list(source) if isinstance(source, Iterator) else source for task, source in tasks.items()}
 
 
 def _problems(
@@ -265,7 +270,8 @@ def _row(run: _Run, parent: bool, reference: _Run | None, confidence: float) -> 
     )
 
 
-def _described(device: torch.device) -> str:
+def _described(device: torch.device | str) -> str:
+    device = torch.device(device)
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     threads = torch.get_num_threads()
