@@ -89,8 +89,7 @@ def compare(
                     weights[task] = _by_class(found.weights.detach().cpu(), wanted, model, source)
             return _Run(name, scores, weights, cost(model, example))
 
-    shown = track(named.items(), "comparing", len(named), shown=progress)
-    runs = [run(name, model) for name, model in shown]
+    runs = [run(*item) for item in track(named.items(), "comparing", len(named), shown=progress)]
     reference = _reference(runs, parents, best_parent, measure)
     return Comparison(
         metric=measure.name,
