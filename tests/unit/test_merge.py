@@ -105,6 +105,12 @@ def test_the_ends_are_exact(dtype: torch.dtype) -> None:
     assert torch.equal(one(merge("task_arithmetic", mappings([a]), base={"t": base})), a)
 
 
+def test_near_an_end_the_result_is_that_end() -> None:
+    a, b = (torch.randn(1000, generator=torch.Generator().manual_seed(i)).add(0.1) for i in range(2))
+    for models, weights in ([a, b], [1, 1e-10]), ([b, a], [1e-10, 1]):
+        assert torch.equal(one(merge("linear", mappings(models), weights=weights)), a)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_wide_and_rounded_once(dtype: torch.dtype) -> None:
     models = [torch.randn(4096, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(5)]

@@ -134,6 +134,32 @@ def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
     assert stat.S_IMODE(out.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
+def test_files_and_folders_are_on_the_disk_before_they_take_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str | int] = []
+    fsync, rename = os.fsync, os.rename
+
+    def note_sync(handle: int) -> None:
+        events.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def note_rename(source: Path, target: Path) -> None:
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "rename", note_rename)
+    with TensorWriter(tmp_path / "m.safetensors", {"e": TensorSpec("F32", (0,))}):
+        pass
+    assert events == [(tmp_path / "m.safetensors").stat().st_ino, tmp_path.stat().st_ino]
+    events.clear()
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("x")
+    out = tmp_path / "out"
+    assert events == [(out / "a").stat().st_ino, out.stat().st_ino, "rename", tmp_path.stat().st_ino]
+
+
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     def fail_after_a_file() -> None:
         with whole_folder(tmp_path / "out") as folder:

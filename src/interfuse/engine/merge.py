@@ -151,7 +151,6 @@ def _as_module(reference: torch.nn.Module, arrays: Mapping[str, np.ndarray], pla
     from interfuse.checkpoints.tensors import to_tensor
 
     result = copy.deepcopy(reference)
-    result.zero_grad(set_to_none=True)
     state = result.state_dict(keep_vars=True)
     _check_ties(state, arrays)
     merged = {name: to_tensor(array, plan.specs[name].dtype) for name, array in arrays.items()}
