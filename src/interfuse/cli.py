@@ -11,6 +11,7 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,16 +67,17 @@ def run(
     """Run a recipe: merge, fuse, train and evaluate; write the result to a folder."""
     from interfuse.pipeline import run as run_recipe
 
-    record = run_recipe(
-        recipe,
-        out,
-        overwrite=overwrite,
-        trust_code=trust_code,
-        seed=seed,
-        threads=threads,
-        device=device,
-        dry_run=dry_run,
-    )
+    with _clean(as_json):
+        record = run_recipe(
+            recipe,
+            out,
+            overwrite=overwrite,
+            trust_code=trust_code,
+            seed=seed,
+            threads=threads,
+            device=device,
+            dry_run=dry_run,
+        )
     typer.echo(_document(record.to_dict()) if as_json else record.text())
 
 
@@ -116,7 +118,8 @@ def compare(
     """Compare finished runs (or recipes, which are run first) on the same test data: quality, size, speed, memory."""
     from interfuse.pipeline import compare_runs
 
-    comparison = compare_runs(runs, data, metric=metric, trust_code=trust_code, device=device)
+    with _clean(as_json):
+        comparison = compare_runs(runs, data, metric=metric, trust_code=trust_code, device=device)
     if markdown is not None:
         markdown.write_text(comparison.markdown(), encoding="utf-8")
     if html is not None:
@@ -167,6 +170,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
+def _clean(as_json: bool) -> AbstractContextManager[Any]:
+    """With `--json`, what libraries and the user's code print goes to standard error."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
+
+
 def _document(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
 
@@ -205,11 +213,12 @@ def _in_full(method: dict[str, Any]) -> str:
 
 def _table(found: list[dict[str, Any]]) -> Any:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("Method", "Level", "Does", "Needs", "Options", "Paper")
     for m in found:
         options = "\n".join(_option(name, option) for name, option in m["options"].items())
-        table.add_row(m["name"], m["level"], m["summary"], m["needs"], options, m["paper"])
+        table.add_row(*map(Text, (m["name"], m["level"], m["summary"], m["needs"], options, m["paper"])))
     return table
 
 

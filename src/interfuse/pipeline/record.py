@@ -91,7 +91,7 @@ def write(folder: Path, recipe: Recipe, record: RunRecord, kind: str) -> None:
     """Add the run to what `save` or `merge` wrote in `folder`; `kind` is said where they wrote no description."""
     path = folder / DESCRIPTION
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"kind": kind, "interfuse": __version__}
-    about["run"] = record.to_dict() | {"plan": None}
+    about["run"] = {key: value for key, value in record.to_dict().items() if key not in ("out", "plan")}
     path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / RECIPE).write_text(as_yaml(recipe), encoding="utf-8")
     (folder / "README.md").write_text(_card(recipe, record), encoding="utf-8")

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from interfuse.checkpoints.source import open_checkpoint
+from interfuse.checkpoints.source import Checkpoint, open_checkpoint
 from interfuse.checkpoints.writer import whole_folder
 from interfuse.engine.merge import merge
-from interfuse.errors import OptionError, Problem
+from interfuse.errors import CheckpointError, OptionError, Problem, UserError, nearest
 from interfuse.pipeline.finished import description, is_saved
 from interfuse.pipeline.record import RunRecord, hash_source, versions, write
-from interfuse.plan import plan_merge
+from interfuse.plan import FLOATS, plan_merge
 from interfuse.recipe import Recipe, check_recipe
 from interfuse.recipe.check import experts_of, method_of, names_of, options_of, weights_of
 
@@ -109,8 +109,12 @@ def merge_files(recipe: Recipe, folder: Path) -> None:
 
 
 def _further(recipe: Recipe) -> list[Problem]:
-    """What the recipe alone doesn't show: names of metrics and losses, and merged files that are to be evaluated."""
-    problems = []
+    """What the recipe's form doesn't show: names of types, metrics and losses, and merged files that are to be evaluated."""
+    problems = [
+        Problem(key, f"got {name!r}", nearest(name, FLOATS))
+        for key, name in (("dtype", recipe.dtype), ("out_dtype", recipe.out_dtype))
+        if name is not None and name.removeprefix("torch.") not in FLOATS
+    ]
     named = recipe.training is not None and (recipe.training.metric or recipe.training.loss)
     if named or (recipe.evaluate is not None and recipe.evaluate.metric):
         from interfuse.pipeline.networks import names_problems
@@ -141,10 +145,10 @@ def _check_options(seed: int | None, threads: int | None, device: str | None) ->
 def _plan(recipe: Recipe) -> str:
     """What a run does, as text; a merge of files is resolved tensor by tensor from the files' headers."""
     if merges_files(recipe):
-        base = None if recipe.base_model is None else open_checkpoint(recipe.base_model)
-        experts = [open_checkpoint(entry.model) for entry in experts_of(recipe)]
+        base, *experts = _open([recipe.base_model, *(entry.model for entry in experts_of(recipe))])
         dtype = recipe.out_dtype or recipe.dtype
-        return str(plan_merge(str(recipe.merge_method), experts, base, options_of(recipe), weights_of(recipe), dtype))
+        found = [expert for expert in experts if expert is not None]
+        return str(plan_merge(str(recipe.merge_method), found, base, options_of(recipe), weights_of(recipe), dtype))
     lines = [f"{recipe.form}{f': {method.name}' if (method := method_of(recipe)) else ''}"]
     lines += [f"  {key}: {value}" for key, value in options_of(recipe).items()]
     for name, entry in zip(names_of(recipe), recipe.models, strict=True):
@@ -156,6 +160,20 @@ def _plan(recipe: Recipe) -> str:
             shown = value if isinstance(value, str) else value.model_dump(exclude_none=True)
             lines.append(f"{key}: {shown}")
     return "\n".join([*lines, f"seed: {recipe.seed}"])
+
+
+def _open(refs: list[str | None]) -> list[Checkpoint | None]:
+    """The checkpoints, None for None; every one that can't be opened is named."""
+    opened: list[Checkpoint | None] = []
+    problems: list[Problem] = []
+    for ref in refs:
+        try:
+            opened.append(None if ref is None else open_checkpoint(ref))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise CheckpointError(*dict.fromkeys(problems))
+    return opened
 
 
 def _inputs(recipe: Recipe) -> list[str]:

@@ -1,0 +1,449 @@
+"""Runs from end to end on small networks: every form, the files, repeatability, and that nothing is left of a failure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from interfuse.data import load_data
+from interfuse.errors import CheckpointError, DataError, ModelError, OptionError, RecipeError, UserError
+from interfuse.inference.predict import predict
+from interfuse.pipeline import check, compare_runs, load_run, run
+
+NETS = """
+import torch
+from torch import nn
+
+def _seeded(seed, *layers):
+    torch.manual_seed(seed)
+    for layer in layers:
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    return nn.Sequential(*layers)
+
+def cnn():
+    layers = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+    return _seeded(1, *layers)
+
+def mlp(seed=2, classes=3):
+    return _seeded(seed, nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, classes))
+
+def mlp2():
+    return mlp(3)
+
+def wide():
+    return mlp(4, 5)
+
+def headless():
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.BatchNorm1d(3))
+
+def broken():
+    raise RuntimeError("boom")
+"""
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with data, code to build networks, and a cache of its own; it is the current folder."""
+    (tmp_path / "pipelinenets.py").write_text(NETS)
+    draw = np.random.default_rng(0)
+    for name, count in (("train", 96), ("test", 48)):
+        y = np.arange(count) % 3
+        x = draw.integers(0, 80, (count, 6, 6), dtype=np.uint8)
+        for i, label in enumerate(y):
+            x[i, 2 * label : 2 * label + 2] += 150
+        np.savez(tmp_path / f"{name}.npz", x=x, y=y)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield tmp_path
+    sys.modules.pop("pipelinenets", None)
+
+
+def net(function: str, **more: Any) -> dict[str, Any]:
+    return {"model": f"python:pipelinenets:{function}", **more}
+
+
+def fusion(**changes: Any) -> dict[str, Any]:
+    return {
+        "fusion": "attention",
+        "models": [net("cnn"), net("mlp")],
+        "data": {"train": "train.npz", "validation": 0.25, "test": "test.npz"},
+        "training": {"epochs": 2, "learning_rate": 0.01, "batch_size": 16},
+        **changes,
+    }
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = load_file(folder / "model.safetensors")
+    return found
+
+
+def same(model: nn.Module, folder: Path) -> None:
+    """Another load of the folder predicts the same bits, and those that its test was scored on."""
+    again = predict(load_run(folder, trust_code=True), load_data("test.npz"))
+    assert torch.equal(predict(model, load_data("test.npz")).outputs, again.outputs)
+    assert again.targets is not None
+    accuracy = (again.outputs.argmax(1) == again.targets).double().mean()
+    about = json.loads((folder / "interfuse.json").read_text())
+    assert about["run"]["test"]["value"] == pytest.approx(float(accuracy))
+
+
+# --- the forms ---
+
+
+def test_a_fusion_is_trained_evaluated_and_loaded_again(work: Path) -> None:
+    record = run(fusion(), "out", trust_code=True, progress=False)
+    assert record.training is not None
+    assert record.test is not None
+    assert [row["epoch"] for row in record.training["history"]] == [0, 1, 2]
+    assert record.test["low"] <= record.test["value"] <= record.test["high"]
+    assert record.test["examples"] == 48
+    assert sorted(p.name for p in (work / "out").iterdir()) == [
+        "README.md",
+        "interfuse.json",
+        "model.safetensors",
+        "recipe.yaml",
+    ]
+    about = json.loads((work / "out" / "interfuse.json").read_text())
+    assert about["run"]["seed"] == 0
+    assert about["run"]["papers"] == ["Bahdanau et al. 2015, arXiv:1409.0473"]
+    assert [len(model["sha256"]) for model in about["run"]["inputs"]["models"]] == [64, 64]
+    assert set(about["run"]["inputs"]["data"]) == {"train", "test"}
+    card = (work / "out" / "README.md").read_text()
+    assert "# Attention fusion of cnn and mlp" in card
+    assert f"test accuracy {record.test['value']:.4g}" in card
+    same(load_run("out", trust_code=True), work / "out")
+
+
+def test_an_ensemble_is_evaluated_without_training(work: Path) -> None:
+    recipe = {"fusion": "ensemble", "models": [net("mlp"), net("mlp2")], "data": {"test": "test.npz"}}
+    record = run(recipe, "out", trust_code=True, progress=False)
+    assert record.training is None
+    model = load_run("out", trust_code=True)
+    same(model, work / "out")
+    x = torch.rand(4, 1, 6, 6)
+    parents = [load_run_of(name) for name in ("mlp", "mlp2")]
+    mean = torch.stack([parent(x).softmax(1) for parent in parents]).mean(0)
+    torch.testing.assert_close(model(x).softmax(1), mean)
+
+
+def load_run_of(name: str) -> nn.Module:
+    from interfuse.models import load_model
+
+    return load_model(f"python:pipelinenets:{name}", trust_code=True)
+
+
+def test_one_model_alone_is_trained_whole_or_only_its_last_layer(work: Path) -> None:
+    data = {"train": "train.npz", "validation": 0.25, "test": "test.npz"}
+    start = load_run_of("mlp").state_dict()
+    for freeze, moved in ((False, 4), (True, 2)):
+        recipe = {"models": [net("mlp", freeze=freeze)], "data": data, "training": {"epochs": 1, "learning_rate": 0.01}}
+        record = run(recipe, f"out-{freeze}", trust_code=True, progress=False)
+        assert record.training is not None
+        assert record.training["best_epoch"] == 1
+        trained = weights(work / f"out-{freeze}")
+        changed = [name for name in trained if not np.array_equal(trained[name], start[name].numpy())]
+        assert len(changed) == moved
+        assert {"3.weight", "3.bias"} <= set(changed)
+        same(load_run(f"out-{freeze}", trust_code=True), work / f"out-{freeze}")
+
+
+def test_one_model_alone_can_only_be_evaluated(work: Path) -> None:
+    record = run({"models": [net("mlp")], "data": {"test": "test.npz"}}, "out", trust_code=True, progress=False)
+    assert record.training is None
+    assert record.test is not None
+    start = load_run_of("mlp").state_dict()
+    assert all(np.array_equal(value, start[name].numpy()) for name, value in weights(work / "out").items())
+
+
+def test_a_probe_needs_a_linear_layer_at_the_end(work: Path) -> None:
+    recipe = {"models": [net("headless", freeze=True)], "data": {"train": "train.npz", "validation": 0.25}}
+    with pytest.raises(ModelError, match=r"models\[0\]\.freeze: the network doesn't end in a Linear layer"):
+        run(recipe, "out", trust_code=True, progress=False)
+
+
+def test_a_merge_of_networks(work: Path) -> None:
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": "python:pipelinenets:mlp",
+        "models": [net("mlp2", parameters={"weight": 0.4})],
+        "parameters": {"lambda": 0.5},
+        "data": {"test": "test.npz"},
+    }
+    run(recipe, "out", trust_code=True, progress=False)
+    base, expert = load_run_of("mlp").state_dict(), load_run_of("mlp2").state_dict()
+    for name, value in weights(work / "out").items():
+        torch.testing.assert_close(torch.from_numpy(value), base[name] + 0.2 * (expert[name] - base[name]))
+    same(load_run("out", trust_code=True), work / "out")
+
+
+def test_outputs_are_models_of_further_recipes(work: Path) -> None:
+    single = {"models": [net("mlp")], "data": {"train": "train.npz", "validation": 0.25}, "training": {"epochs": 1}}
+    run(single, "one", trust_code=True, progress=False)
+    run(fusion(models=["one", net("cnn")]), "two", trust_code=True, progress=False)
+    same(load_run("two", trust_code=True), work / "two")
+    run({"merge_method": "linear", "models": ["one", net("mlp")]}, "three", trust_code=True, progress=False)
+    halfway = (weights(work / "one")["1.weight"] + load_run_of("mlp").state_dict()["1.weight"].numpy()) / 2
+    np.testing.assert_allclose(weights(work / "three")["1.weight"], halfway, atol=1e-6)
+
+
+def checkpoints(folder: Path, *names: str) -> None:
+    for i, name in enumerate(names):
+        (folder / name).mkdir()
+        tensor = np.random.default_rng(i).normal(size=(4, 3)).astype(np.float32)
+        save_file({"l.weight": tensor}, folder / name / "model.safetensors")
+
+
+def test_a_merge_of_files_loads_no_torch(work: Path) -> None:
+    checkpoints(work, "a", "b")
+    (work / "r.yaml").write_text(
+        "merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 1}}\n- {model: b, parameters: {weight: 3}}\n"
+    )
+    code = "import sys; from interfuse.pipeline import run; run('r.yaml', 'out'); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=work)
+    a, b = (weights(work / name)["l.weight"] for name in "ab")
+    np.testing.assert_allclose(weights(work / "out")["l.weight"], a / 4 + 3 * b / 4, rtol=1e-6)
+    about = json.loads((work / "out" / "interfuse.json").read_text())
+    assert about["run"]["inputs"]["models"][0]["sha256"] == about["models"][0]["sha256"]
+    with pytest.raises(ModelError, match="holds merged weights without their network's code"):
+        load_run("out")
+
+
+def test_a_merge_that_cannot_be_is_refused_before_anything_is_written(work: Path) -> None:
+    checkpoints(work, "a", "b")
+    save_file({"l.weight": np.zeros((2, 2), np.float32)}, work / "b" / "model.safetensors")
+    (work / "c").mkdir()
+    with pytest.raises(CheckpointError, match=r"\[2, 2\]"):
+        run({"merge_method": "linear", "models": ["a", "b"]}, "out", dry_run=True)
+    with pytest.raises(RecipeError, match=r"data\.test: .*a has no network to evaluate the merge with"):
+        run({"merge_method": "linear", "models": ["a", "b"], "data": {"test": "test.npz"}}, "out")
+    with pytest.raises(CheckpointError, match="c: no file of weights"):
+        run({"merge_method": "linear", "models": ["a", "c"]}, "out")
+    assert not (work / "out").exists()
+
+
+def test_the_command_trains_and_prints_one_document(work: Path) -> None:
+    (work / "r.yaml").write_text(yaml.safe_dump(fusion(models=[net("mlp"), net("mlp2")])))
+    command = [sys.executable, "-c", "from interfuse.cli import main; main()"]
+    arguments = ["run", "r.yaml", "out", "--trust-code", "--json", "--device", "cpu", "--threads", "1"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=work)
+    assert (done.returncode, done.stderr) == (0, "")
+    record = json.loads(done.stdout)
+    assert record["training"]["best_epoch"] in (0, 1, 2)
+    assert record["test"]["metric"] == "accuracy"
+
+
+# --- repeatability, whole or not at all ---
+
+
+def test_the_same_recipe_gives_the_same_bits_and_another_seed_others(work: Path) -> None:
+    for name, seed in (("a", None), ("b", None), ("c", 7)):
+        run(fusion(), name, trust_code=True, progress=False, seed=seed, threads=1)
+    a, b, c = (weights(work / name) for name in "abc")
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+    assert any(not np.array_equal(a[name], c[name]) for name in a)
+
+
+def test_the_recorded_recipe_runs_again_from_another_folder(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(fusion(seed=3), "out", trust_code=True, progress=False)
+    monkeypatch.syspath_prepend(str(work))
+    (work / "elsewhere").mkdir()
+    monkeypatch.chdir(work / "elsewhere")
+    run(work / "out" / "recipe.yaml", "again", trust_code=True, progress=False)
+    first, second = weights(work / "out"), weights(work / "elsewhere" / "again")
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_random_numbers_outside_are_left_alone(work: Path) -> None:
+    torch.manual_seed(5)
+    np.random.seed(5)
+    expected = torch.rand(1), np.random.rand()
+    torch.manual_seed(5)
+    np.random.seed(5)
+    run({"models": [net("mlp")], "data": {"test": "test.npz"}}, "out", trust_code=True, progress=False)
+    assert (torch.rand(1), np.random.rand()) == expected
+
+
+def test_a_failure_leaves_nothing_behind(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(p.name for p in work.iterdir())
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("interfuse.pipeline.networks.write_model", fail)
+    with pytest.raises(KeyboardInterrupt):
+        run(fusion(training={"epochs": 0}), "out", trust_code=True, progress=False)
+    after = sorted(p.name for p in work.iterdir() if p.name not in ("cache", "__pycache__"))
+    assert after == [name for name in before if name not in ("cache", "__pycache__")]
+
+
+def test_an_output_that_is_there_needs_overwrite_and_inputs_are_never_replaced(work: Path) -> None:
+    checkpoints(work, "a", "b")
+    recipe = {"merge_method": "linear", "models": ["a", "b"]}
+    run(recipe, "out")
+    with pytest.raises(CheckpointError, match="is there already"):
+        run(recipe, "out")
+    run(recipe, "out", overwrite=True)
+    with pytest.raises(CheckpointError, match="would replace the input"):
+        run(recipe, "a", overwrite=True)
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(work: Path) -> None:
+    before = sorted(work.iterdir())
+    record = run(fusion(), "out", trust_code=True, dry_run=True)
+    assert record.out is None
+    assert "fusion: attention\n  heads: 1" in record.plan
+    assert "model mlp: python:pipelinenets:mlp" in record.plan
+    assert sorted(work.iterdir()) == before
+    checkpoints(work, "a", "b")
+    assert "l.weight F32[4, 3] = 0.5 models[0] + 0.5 models[1]" in run(
+        {"merge_method": "linear", "models": ["a", "b"]}, "out", dry_run=True
+    ).plan  # fmt: skip
+
+
+# --- problems ---
+
+
+def test_every_problem_of_a_run_at_once() -> None:
+    recipe = fusion(
+        evaluate={"metric": "acuracy"},
+        training={"loss": "mean", "metric": "f2", "epochs": -1},
+        data={"train": "gone.npz", "test": "python:d:f"},
+    )
+    with pytest.raises(RecipeError) as caught:
+        check(recipe)
+    assert [p.path for p in caught.value.problems] == [
+        "training.epochs",
+        "data.train",
+        "data.test",
+        "models[0].model",
+        "models[1].model",
+        "training.metric",
+        "evaluate.metric",
+        "training.loss",
+    ]
+
+
+def test_types_that_do_not_exist_are_named() -> None:
+    with pytest.raises(RecipeError, match=r"dtype: got 'float17'; did you mean.*\nout_dtype: got 'int8'"):
+        check({"merge_method": "linear", "models": ["org/a"], "dtype": "float17", "out_dtype": "int8"})
+    assert check({"merge_method": "linear", "models": ["org/a"], "dtype": "torch.bfloat16"}).dtype == "torch.bfloat16"
+
+
+def test_models_and_data_that_cannot_be_loaded_are_named_together(work: Path) -> None:
+    recipe = fusion(models=[net("mlp", weights="train.npz"), net("nosuch"), net("cnn")])
+    with pytest.raises(ModelError, match=r"(?s)models\[0\].*models\[1\].*no function 'nosuch'"):
+        run(recipe, "out", trust_code=True, progress=False)
+    np.savez("bad.npz", x=np.zeros((4, 6, 6), np.uint8), z=[0, 1, 2, 0])
+    with pytest.raises(DataError, match=r"(?s)data\.train: nothing is named 'y'.*data\.test: nothing is named 'y'"):
+        run(fusion(data={"train": "bad.npz", "test": "bad.npz"}), "out", trust_code=True, progress=False)
+    assert not (work / "out").exists()
+
+
+def test_heads_and_devices_that_do_not_fit(work: Path) -> None:
+    with pytest.raises(ModelError, match=r"head\.classes: 2, but the data has 3; at least 3"):
+        run(fusion(head=2), "out", trust_code=True, progress=False)
+    with pytest.raises(OptionError, match="device: got 'tpu'; cpu or cuda"):
+        run(fusion(), "out", trust_code=True, device="tpu")
+    with pytest.raises(OptionError, match=r"seed: got -1.*\nthreads: got 0"):
+        run(fusion(), "out", trust_code=True, seed=-1, threads=0)
+
+
+def test_a_loaded_run_needs_trust_for_its_code(work: Path) -> None:
+    run({"models": [net("mlp")], "data": {"test": "test.npz"}}, "out", trust_code=True, progress=False)
+    with pytest.raises(UserError, match="trust"):
+        load_run("out")
+
+
+# --- inputs for each model, numbers to predict, compare ---
+
+
+def test_each_model_has_its_own_input_and_targets_may_be_numbers(work: Path) -> None:
+    draw = np.random.default_rng(0)
+    a, b = draw.normal(size=(60, 36)).astype("f"), draw.normal(size=(60, 36)).astype("f")
+    np.savez("pair.npz", a=a, b=b, y=(a[:, 0] + b[:, 0]).astype("f"))
+    recipe = fusion(
+        fusion="concat",
+        models=[net("mlp", name="left"), net("mlp2", name="right")],
+        data={"train": "pair.npz", "validation": 0.2, "test": "pair.npz", "input": {"left": "a", "right": "b"}},
+    )
+    record = run(recipe, "out", trust_code=True, progress=False)
+    assert record.test is not None
+    assert record.test["metric"] == "mse"
+    comparison = compare_runs(["out"], "pair.npz", trust_code=True, progress=False)
+    assert comparison["out"].score.value == pytest.approx(record.test["value"], rel=1e-5)
+
+
+def test_runs_recipes_and_models_are_compared_on_the_same_data(work: Path) -> None:
+    run(fusion(), "out", trust_code=True, progress=False)
+    (work / "both.yaml").write_text(
+        yaml.safe_dump({"fusion": "ensemble", "models": [net("mlp"), net("cnn")], "data": {"test": "test.npz"}})
+    )
+    references = ["out", "both.yaml", "python:pipelinenets:mlp"]
+    comparison = compare_runs(references, "test.npz", trust_code=True, progress=False)
+    assert [row.name for row in comparison.rows] == ["out", "both", "mlp"]
+    about = json.loads((work / "out" / "interfuse.json").read_text())
+    assert comparison["out"].score.value == pytest.approx(about["run"]["test"]["value"])
+    with pytest.raises(OptionError, match=r"both\.yaml: models\[0\]\.model: python:pipelinenets:mlp runs code"):
+        compare_runs(references, "test.npz")
+
+
+def test_runs_that_read_their_data_differently_are_not_compared(work: Path) -> None:
+    for name, more in (("a", {}), ("b", {"mean": [0.5]})):
+        recipe = {"models": [net("mlp")], "data": {"test": "test.npz", **more}}
+        run(recipe, name, trust_code=True, progress=False)
+    with pytest.raises(DataError, match="the runs read their data differently: a reads"):
+        compare_runs(["a", "b"], "test.npz", trust_code=True, progress=False)
+
+
+# --- transformers: folders, texts, tokenizers ---
+
+
+def bert(folder: Path, seed: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["[PAD]", "[UNK]", "good", "bad", "film", "dull"]
+    model = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )  # fmt: skip
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]")
+    wrapped.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(
+        vocab_size=6, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=2
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_texts_are_read_by_each_models_tokenizer(work: Path) -> None:
+    bert(work / "p", 0)
+    bert(work / "q", 1)
+    rows = ["good film,yes", "bad film,no", "dull,no", "good good,yes"] * 8
+    (work / "t.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    data = {"train": "t.csv", "validation": 0.25, "test": "t.csv"}
+    record = run(fusion(models=["p", "q"], data=data), "out", progress=False)
+    assert record.test is not None
+    about = json.loads((work / "out" / "interfuse.json").read_text())
+    assert [member["stored"] for member in about["members"]] == [False, False]
+    comparison = compare_runs(["out"], "t.csv", progress=False)
+    assert comparison["out"].score.value == pytest.approx(record.test["value"])
+    single = run({"models": ["p"], "data": data, "training": {"epochs": 1}}, "one", progress=False)
+    assert {"config.json", "tokenizer.json", "recipe.yaml"} <= {p.name for p in (work / "one").iterdir()}
+    assert single.test is not None
+    assert compare_runs(["one"], "t.csv", progress=False)["one"].score.value == pytest.approx(single.test["value"])
+    merged = run({"merge_method": "linear", "models": ["p", "q"], "data": {"test": "t.csv"}}, "mix", progress=False)
+    assert merged.test is not None
+    assert compare_runs(["mix"], "t.csv", progress=False)["mix"].score.value == pytest.approx(merged.test["value"])
