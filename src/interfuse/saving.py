@@ -76,7 +76,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         return common | {
             "kind": "fusion",
             "members": _members(model),
-            "fusion": model.method.name,
+            "fusion": model.kind,
             "options": model.options,
             "dim": model.dim,
             "head": model.classes if model.classes is not None or model.head is None else _class(model.head),

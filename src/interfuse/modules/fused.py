@@ -70,8 +70,8 @@ class ModelFusion(Composite):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.method = find(fusion, "features", "fusion")
-        self.options = self.method.check(options, "options")
+        self.kind = fusion
+        self.options = find(fusion, "features", "fusion").check(options, "options")
         _check(dim, head, pool)
         self.names, self.backbones, self.references = members(models, copy=copy)
         self.asked_taps = _by_name(self.names, taps, None, "taps")
@@ -135,7 +135,7 @@ class ModelFusion(Composite):
         self.taps, self.widths = tuple(taps), tuple(widths)
         step = math.lcm(8, int(self.options.get("heads", 1)))
         self.dim = self.dim or -(-min(max(widths), DEFAULT_DIM) // step) * step
-        self.fusion = self.method.make(widths, self.dim, **self.options)
+        self.fusion = find(self.kind, "features").make(widths, self.dim, **self.options)
         if self.classes is not None:
             self.head = nn.Linear(self.dim, self.classes)
         elif self.head is not None:
