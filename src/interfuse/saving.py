@@ -150,7 +150,7 @@ def load(
     if not path.exists():
         return load_model(str(folder), trust_code=trust_code)
     about = _description(path)
-    if about["kind"] == "weights":
+    if about["kind"] in ("weights", "merge"):
         return load_model(str(folder), trust_code=trust_code)
     checkpoint = open_checkpoint(Path(folder) / TENSORS)
     if about["kind"] == "network":
@@ -177,7 +177,7 @@ def _description(path: Path) -> dict[str, Any]:
         kind, version = about["kind"], about.get("format", FORMAT)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(Problem(str(path), f"can't be read: {error}", "a file that interfuse wrote")) from error
-    if kind not in ("fusion", "ensemble", "network", "weights") or version != FORMAT:
+    if kind not in ("fusion", "ensemble", "network", "weights", "merge") or version != FORMAT:
         raise CheckpointError(
             Problem(str(path), f"holds a {kind!r} in format {version}", f"a newer interfuse; this reads {FORMAT}")
         )

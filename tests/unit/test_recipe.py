@@ -86,7 +86,7 @@ def test_every_problem_is_listed_at_once_with_its_path_and_value() -> None:
     [
         ({"merge_method": "linear"}, "merge_method", "keep one of the two"),
         ({"fusion": None}, "models", "2 models and no word on how to fuse them"),
-        ({"models": ["org/a"]}, "models", "1 given; a fusion takes at least 2"),
+        ({"models": []}, "models", "none given; at least 1"),
         ({"models": [{"model": "a", "name": "x"}, {"model": "b", "name": "x"}]}, "models[1].name", "'x' is also models"),
         ({"models": [{"model": "a", "name": "x.y"}, "b"]}, "models[0].name", "got 'x.y'"),
         ({"models": [{"model": "a", "parameters": {"weight": 1}}, "b"]}, "models[0].parameters", "only in a merge"),

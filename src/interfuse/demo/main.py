@@ -59,7 +59,8 @@ def recipes() -> dict[str, dict[str, Any]]:
         return {"models": models, "training": {"epochs": 3, "learning_rate": 5e-4}, "seed": seed}
 
     def joined(names: tuple[str, ...], **method: str) -> dict[str, Any]:
-        return {**method, "models": [{"model": f"../models/{name}", "name": name} for name in names]}
+        models = [{"model": f"../models/{name}", "name": name} for name in names]
+        return {**method, "models": models, "data": {"test": DATA["test"]}}
 
     return {
         "lite0": probe("lite0"),
@@ -92,7 +93,7 @@ def demo(out: Path, overwrite: bool = False) -> Comparison:
     planned = recipes()
     (out / "recipes").mkdir(parents=True, exist_ok=True)
     for name, recipe in planned.items():
-        text = yaml.safe_dump({**recipe, "data": DATA}, sort_keys=False)
+        text = yaml.safe_dump(recipe | {"data": recipe.get("data", DATA)}, sort_keys=False)
         (out / "recipes" / f"{name}.yaml").write_text(f"# {ABOUT[name]}\n{text}", encoding="utf-8")
     chosen: dict[str, float] = {}
     for number, name in enumerate(planned, start=1):

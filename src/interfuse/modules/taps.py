@@ -92,10 +92,14 @@ def find_tap(model: nn.Module, inputs: Any, path: str | None = None, name: str =
         if path not in calls:
             raise ModelError(Problem(f"taps[{name!r}]", f"the module {path!r} doesn't run in forward", "name one that does"))
         return Tap(path, "output", calls.count(path))
-    last = calls[-1] if calls else ""
-    if last and isinstance(model.get_submodule(last), nn.Linear) and not _gives_hidden_states(output):
-        return Tap(last, "input", calls.count(last))
-    return Tap("")
+    head = next((where for where in reversed(calls) if isinstance(model.get_submodule(where), nn.Linear)), None)
+    if head is None or _gives_hidden_states(output):
+        return Tap("")
+    later = calls[len(calls) - calls[::-1].index(head) :]
+    around = ("", *(head[:i] for i, letter in enumerate(head) if letter == "."))  # a module ends after its parts
+    if any(where not in around for where in later):
+        return Tap("")
+    return Tap(head, "input", calls.count(head))
 
 
 def _gives_hidden_states(output: Any) -> bool:

@@ -100,10 +100,8 @@ def _shape(recipe: Recipe) -> Iterator[Problem]:
     elif recipe.form == "single" and count != 1:
         allowed = "give fusion or merge_method, or exactly one model"
         yield Problem("models", f"{count} models and no word on how to fuse them", allowed)
-    elif recipe.form in ("fusion", "ensemble") and count < 2:
-        yield Problem("models", f"{count} given", "a fusion takes at least 2; without `fusion` one model is trained alone")
-    elif recipe.form == "merge" and count < 1:
-        yield Problem("models", "none given", "a merge takes at least 1")
+    elif count < 1:
+        yield Problem("models", "none given", "at least 1")
     first: dict[str, int] = {}
     for i, entry in enumerate(recipe.models):
         if entry.name and first.setdefault(entry.name, i) != i:

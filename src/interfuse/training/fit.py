@@ -315,6 +315,7 @@ def _run(
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
+        "limit_val_batches": None if loaders[1] is not None else 0,
         "enable_checkpointing": checkpoints is not None,
         **trainer,
     }
