@@ -66,7 +66,7 @@ def recipes() -> dict[str, dict[str, Any]]:
         "lite0": probe("lite0"),
         "lite1": probe("lite1"),
         "cnn": alone("cnn", epochs=10, learning_rate=2e-3),
-        "transformer": alone("transformer", epochs=20, learning_rate=2e-3),
+        "transformer": alone("transformer", epochs=15, learning_rate=2e-3),
         "average": joined(PARENTS, fusion="ensemble"),
         "concat": fused("concat"),
         "attention": fused("attention"),
