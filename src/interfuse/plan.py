@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +24,7 @@ FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 _INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 #: What data-parallel training, compilers and task heads put before the name of every tensor.
 _WRAPPERS = ("module.", "model.", "_orig_mod.")
+_SHOWN = 5  # names that a message lists of many
 _COUNTER = "num_batches_tracked"
 _TOO_LARGE = Problem("weights", "give coefficients too large to compute with", "use weights of ordinary size")
 
@@ -219,13 +221,38 @@ def _match(sources: Sequence[Checkpoint | None]) -> tuple[list[dict[str, str]], 
 
 def _names(reference: Checkpoint, checkpoint: Checkpoint) -> tuple[dict[str, str], str]:
     """The reference's name of each tensor -> its name in the checkpoint, once a constant prefix is resolved."""
+    best, note = {name: name for name in checkpoint.specs}, ""
     if checkpoint.specs.keys() == reference.specs.keys():
         return {name: name for name in reference.specs}, ""
-    ours, theirs = _wrapper(reference.specs), _wrapper(checkpoint.specs)
-    moved = {ours + name[len(theirs) :]: name for name in checkpoint.specs}
-    if ours == theirs or len(moved.keys() & reference.specs.keys()) <= len(checkpoint.specs.keys() & reference.specs.keys()):
-        return {name: name for name in checkpoint.specs}, ""
-    return moved, f"the prefix {theirs!r} of its names is read as {ours!r}"
+    for theirs, ours in _prefixes(reference.specs, checkpoint.specs):
+        moved = {
+            name if name in reference.specs else ours + name[len(theirs) :] if name.startswith(theirs) else name: name
+            for name in checkpoint.specs
+        }
+        unique = len(moved) == len(checkpoint.specs)
+        if unique and len(moved.keys() & reference.specs.keys()) > len(best.keys() & reference.specs.keys()):
+            best, note = moved, f"the prefix {theirs!r} of its names is read as {ours!r}"
+    return best, note
+
+
+def _prefixes(reference: Mapping[str, TensorSpec], names: Mapping[str, TensorSpec]) -> list[tuple[str, str]]:
+    """(theirs, ours) to try: wrappers round all names, then the prefix that most names have on one side alone."""
+    votes: Counter[tuple[str, str]] = Counter()
+    ours, theirs = _endings(reference), _endings(names)
+    for name in names:
+        votes.update(("", prefix) for prefix in ours.get(name, ()))
+    for name in reference:
+        votes.update((prefix, "") for prefix in theirs.get(name, ()))
+    return [(_wrapper(names), _wrapper(reference)), *(pair for pair, _ in votes.most_common(1))]
+
+
+def _endings(names: Mapping[str, TensorSpec]) -> dict[str, list[str]]:
+    """What names end in, from a dot on -> the prefixes before it."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        for dot in (i for i, letter in enumerate(name) if letter == "."):
+            found.setdefault(name[dot + 1 :], []).append(name[: dot + 1])
+    return found
 
 
 def _wrapper(names: Mapping[str, TensorSpec]) -> str:
@@ -243,19 +270,27 @@ def _wrapper(names: Mapping[str, TensorSpec]) -> str:
 def _differences(
     reference: Checkpoint, checkpoint: Checkpoint, names: Mapping[str, str], path: str, against: str
 ) -> list[Problem]:
+    one = "give models of one architecture"
     problems = []
-    for name, spec in reference.specs.items():
-        if name not in names:
-            problems.append(Problem(path, f"tensor {name!r} is missing", f"{against} has it: give models of one architecture"))
-            continue
-        found = checkpoint.specs[names[name]]
-        both_float = found.dtype in FLOATS.values() and spec.dtype in FLOATS.values()
-        if found.shape != spec.shape or (found.dtype != spec.dtype and not both_float):
-            problems.append(Problem(path, f"tensor {names[name]!r} is {found}", f"{against} has {spec}"))
+    for name, there in names.items():
+        spec, found = reference.specs.get(name), checkpoint.specs[there]
+        both_float = spec is not None and found.dtype in FLOATS.values() and spec.dtype in FLOATS.values()
+        if spec is not None and (found.shape != spec.shape or (found.dtype != spec.dtype and not both_float)):
+            problems.append(Problem(path, f"tensor {there!r} is {found}", f"{against} has {spec}"))
+    if len(problems) > _SHOWN:
+        problems[_SHOWN:] = [Problem(path, f"{len(problems) - _SHOWN} more tensors differ in shape or type", one)]
+    missing = [name for name in reference.specs if name not in names]
     extra = [there for name, there in names.items() if name not in reference.specs]
-    return problems + [
-        Problem(path, f"tensor {there!r} is extra", f"{against} has none: give models of one architecture") for there in extra
-    ]
+    problems += [Problem(path, wrong, f"unlike {against}: {one}") for wrong in _listed(missing, "missing")]
+    return problems + [Problem(path, wrong, f"{against} has none: {one}") for wrong in _listed(extra, "extra")]
+
+
+def _listed(names: Sequence[str], what: str) -> list[str]:
+    """One line a tensor, or one line for all of many."""
+    if len(names) <= _SHOWN:
+        return [f"tensor {name!r} is {what}" for name in names]
+    shown = ", ".join(map(repr, names[:_SHOWN]))
+    return [f"{len(names)} tensors are {what}: {shown} and {len(names) - _SHOWN} more"]
 
 
 def _output(

@@ -275,11 +275,11 @@ def test_different_architectures_list_every_mismatch() -> None:
     assert [(problem.path, problem.wrong) for problem in caught.value.problems] == [
         ("models[1] (large)", "tensor '0.weight' is F32[5, 4]"),
         ("models[1] (large)", "tensor '0.bias' is F32[5]"),
+        ("models[1] (large)", "tensor '2.weight' is F32[2, 5]"),
         *(
             ("models[1] (large)", f"tensor '1.{name}' is missing")
             for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         ),
-        ("models[1] (large)", "tensor '2.weight' is F32[2, 5]"),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from interfuse.errors import CheckpointError, OptionError
 from interfuse.plan import Input, Output, plan_merge
 
 
-def header(specs: dict[str, tuple[str, tuple[int, ...]]], name: str = "m") -> Checkpoint:
+def header(specs: Mapping[str, tuple[str, tuple[int, ...]]], name: str = "m") -> Checkpoint:
     """A checkpoint whose data can't be read: what uses it reads headers alone."""
 
     def forbidden() -> np.ndarray:
@@ -104,6 +105,36 @@ def test_a_prefix_does_not_hide_what_differs() -> None:
         "tensor 'n' is missing",
         "tensor 'module.x' is extra",
     ]
+
+
+def test_a_prefix_on_one_side_is_resolved_beside_a_head() -> None:
+    body: dict[str, tuple[str, tuple[int, ...]]] = {f"layer.{i}.w": ("F32", (2,)) for i in range(3)}
+    inner = {f"bert.{name}": spec for name, spec in body.items()}
+    headed = header(inner | {"cls.w": ("F32", (4,))})
+    for models, left in (((header(body), headed), "'cls.w' is extra"), ((headed, header(body)), "'cls.w' is missing")):
+        with pytest.raises(CheckpointError) as caught:
+            plan_merge("linear", models)
+        assert [problem.wrong for problem in caught.value.problems] == [f"tensor {left}"]
+    plan = plan_merge("linear", [header(body), header(inner)])
+    assert plan.notes == ("models[1] (m): the prefix 'bert.' of its names is read as ''",)
+    assert [read.name for read in plan.outputs[2].inputs] == ["layer.2.w", "bert.layer.2.w"]
+
+
+def test_many_missing_and_extra_tensors_are_one_line_each() -> None:
+    one, other = ({f"{name}.{i}": ("F32", (2,)) for i in range(7)} for name in "ab")
+    with pytest.raises(CheckpointError) as caught:
+        plan_merge("linear", [header(one), header(other)])
+    assert [problem.wrong for problem in caught.value.problems] == [
+        "7 tensors are missing: 'a.0', 'a.1', 'a.2', 'a.3', 'a.4' and 2 more",
+        "7 tensors are extra: 'b.0', 'b.1', 'b.2', 'b.3', 'b.4' and 2 more",
+    ]
+
+
+def test_many_shapes_that_differ_are_counted() -> None:
+    one, other = ({f"w{i}": ("F32", (size,)) for i in range(7)} for size in (2, 3))
+    with pytest.raises(CheckpointError, match="2 more tensors differ in shape or type") as caught:
+        plan_merge("linear", [header(one), header(other)])
+    assert len(caught.value.problems) == 6
 
 
 def test_other_prefixes_are_differences() -> None:
