@@ -78,6 +78,7 @@ def nearest(name: str, allowed: Iterable[str], most: int = 5) -> str:
     """
     names = list(dict.fromkeys(allowed))
     close = difflib.get_close_matches(name, names, n=most, cutoff=0.6)
+    close = close or [known for known in names if name and (known.startswith(name) or name.startswith(known))][:most]
     if close:
         return f"did you mean {_either(close)}?"
     shown = ", ".join(names[:20]) or "none"

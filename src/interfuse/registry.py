@@ -85,9 +85,36 @@ def problems_of(error: ValidationError, path: str, allowed: list[str]) -> list[P
         elif item["type"] == "missing":
             problems.append(Problem(where, "missing", "give a value"))
         else:
-            message = item["msg"][:1].lower() + item["msg"][1:]
-            problems.append(Problem(where, f"got {item['input']!r}", message))
+            problems.append(Problem(where, f"got {item['input']!r}", rule(item)))
     return problems
+
+
+_RULES = {
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "finite_number": "a finite number",
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "string_too_short": "a text that isn't empty",
+    "string_pattern_mismatch": "letters, digits, - and _ alone",
+    "string": "a text",
+    "list": "a list",
+    "dict": "a mapping",
+    "model": "a mapping",
+    "literal_error": "allowed: {expected}",
+}
+
+
+def rule(item: Mapping[str, Any]) -> str:
+    """What one of pydantic's errors allows, in our words."""
+    kind = item["type"]
+    text = _RULES.get(kind) or _RULES.get(kind.partition("_")[0])
+    if text is None:
+        return str(item["msg"][:1].lower() + item["msg"][1:]).removeprefix("input ")
+    return text.format(**item.get("ctx", {}))
 
 
 def register(name: str, level: Level, *, paper: str = "", needs: str = "") -> Callable[[_F], _F]:

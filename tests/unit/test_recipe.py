@@ -76,9 +76,25 @@ def test_every_problem_is_listed_at_once_with_its_path_and_value() -> None:
     assert "did you mean 'tap'?" in found["models[0].tapp"]
     assert "'maybe'" in found["models[1].freeze"]
     assert "got 1.5; should be a share between 0 and 1" in found["data.validation"]
-    assert "got -1; should be greater than or equal to 0" in found["training.epochs"]
+    assert "got -1; at least 0" in found["training.epochs"]
     assert "did you mean 'seed' or 'head'?" in found["sead"]
     assert "did you mean 'attention'?" in found["fusion"]
+
+
+def test_a_model_that_cannot_be_read_hides_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "fusion: attention\nmodels: [5, {mdl: x}, ./none, {model: {path: x}}]\nparameters: {headz: 2}\nhead: {classes: 0}\n"
+        "data: {train: none.npz, tset: x}\nmerge: linear\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        check_recipe(path)
+    assert [p.path for p in caught.value.problems] == [
+        "models[0]", "models[1].model", "models[1].mdl", "models[3].model", "head.classes", "data.tset", "merge",
+        "parameters.headz", "data.train", "models[2].model",
+    ]  # fmt: skip
+    assert "models[0]: got 5; a mapping" in str(caught.value)
+    assert "merge: unknown key; did you mean 'merge_method'?" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +110,7 @@ def test_every_problem_is_listed_at_once_with_its_path_and_value() -> None:
         ({"models": [{"model": {"path": "a"}}, "b"]}, "models[0].model", "isn't supported by this version"),
         ({"parameters": {"headz": 4}}, "parameters.headz", "did you mean 'heads'?"),
         ({"parameters": {"heads": 0}}, "parameters.heads", "got 0"),
-        ({"parameters": {"dim": 2.5}}, "parameters.dim", "got 2.5; input should be a valid integer"),
+        ({"parameters": {"dim": 2.5}}, "parameters.dim", "got 2.5; a whole number"),
         ({"parameters": {"pool": "max"}}, "parameters.pool", "got 'max'"),
         ({"head": True}, "head.classes", "got True; should be a whole number from 1"),
         ({"head": {"classes": ["a", "a"]}}, "head.classes", "a list of different names"),

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from interfuse.errors import Problem, RecipeError, nearest
 from interfuse.recipe.check import form_problems, run_problems
 from interfuse.recipe.schema import SECTIONS, Recipe
+from interfuse.registry import rule
 
 #: Keys of mergekit's recipes that this version doesn't know: what each is.
 _NOT_YET = {
@@ -33,9 +34,7 @@ _NOT_YET = {
 def load_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
     """The recipe in a YAML file or a mapping, its paths made absolute; `RecipeError` with every problem of its form."""
     recipe, problems = _read(source)
-    if recipe is not None:
-        problems = _joined(problems, form_problems(recipe))
-    return _or_raise(recipe, problems)
+    return _or_raise(recipe, _joined(problems, form_problems(recipe)))
 
 
 def check_recipe(
@@ -49,15 +48,14 @@ def check_recipe(
     `also` finds further problems of a recipe whose form may be faulty elsewhere.
     """
     recipe, problems = (source, []) if isinstance(source, Recipe) else _read(source)
-    if recipe is not None:
-        problems = _joined(problems, form_problems(recipe))
-        problems = _joined(problems, run_problems(recipe, trust_code=trust_code))
-        problems = _joined(problems, also(recipe))
+    problems = _joined(problems, form_problems(recipe))
+    problems = _joined(problems, run_problems(recipe, trust_code=trust_code))
+    problems = _joined(problems, also(recipe))
     return _or_raise(recipe, problems)
 
 
-def _or_raise(recipe: Recipe | None, problems: list[Problem]) -> Recipe:
-    if problems or recipe is None:
+def _or_raise(recipe: Recipe, problems: list[Problem]) -> Recipe:
+    if problems:
         raise RecipeError(*problems)
     return recipe
 
@@ -73,35 +71,39 @@ def _related(a: str, b: str) -> bool:
     return long == short or long.startswith((short + ".", short + "["))
 
 
-def _read(source: str | Path | Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[Recipe, list[Problem]]:
     """The recipe as far as it can be read (its faulty values left out), and the problems of its form."""
     if isinstance(source, Mapping):
         raw, folder = copy.deepcopy(dict(source)), Path.cwd()
     else:
         raw, folder = _parse(Path(source)), Path(source).resolve().parent
-    try:
-        return _absolute(Recipe.model_validate(raw), folder), []
-    except ValidationError as error:
-        problems = _problems(error)
-        for item in error.errors():
-            _drop(raw, item["loc"], missing=item["type"] == "missing")
-    try:
-        return _absolute(Recipe.model_validate(raw), folder), problems
-    except ValidationError:
-        return None, problems
+    problems: list[Problem] | None = None
+    while True:  # each round takes something away, and an empty recipe is valid
+        try:
+            return _absolute(Recipe.model_validate(raw), folder), problems or []
+        except ValidationError as error:
+            problems = _problems(error) if problems is None else problems
+            for item in error.errors():
+                _drop(raw, item["loc"], missing=item["type"] == "missing")
+
+
+#: Stands for a model that can't be read, so that the others keep their numbers. What is found wrong with it isn't said.
+_UNREADABLE = "?"
 
 
 def _drop(raw: dict[str, Any], loc: tuple[int | str, ...], missing: bool) -> None:
-    """Remove the faulty value, or its whole top-level key where it stands in a list or something is missing."""
-    holder: Any = raw
-    for part in loc[:-1]:
-        inside = isinstance(holder, dict) and part in holder
-        listed = isinstance(holder, list) and isinstance(part, int) and part < len(holder)
-        holder = holder[part] if inside or listed else None
-    if isinstance(holder, dict) and not missing:
-        holder.pop(loc[-1], None)
+    """Take the faulty value away: a model in whole where its reference is at fault, else the key, else its section."""
+    models, key = raw.get("models"), str(loc[0])
+    if key == "models" and isinstance(models, list) and len(loc) > 1:
+        entry = models[int(loc[1])]
+        if isinstance(entry, dict) and len(loc) > 2 and loc[2] != "model":
+            entry.pop(loc[2], None)
+        else:
+            models[int(loc[1])] = _UNREADABLE
+    elif isinstance(raw.get(key), dict) and len(loc) > 1 and not missing:
+        raw[key].pop(loc[1], None)
     else:
-        raw.pop(str(loc[0]), None)
+        raw.pop(key, None)
 
 
 def _problems(error: ValidationError) -> list[Problem]:
@@ -118,7 +120,7 @@ def _problems(error: ValidationError) -> list[Problem]:
         elif loc[-1] == "model" and isinstance(item["input"], dict):
             problems.append(Problem(path, "a mapping isn't supported by this version", "write the path or hub id"))
         else:
-            problems.append(Problem(path, f"got {item['input']!r}", item["msg"].removeprefix("Input ")))
+            problems.append(Problem(path, f"got {item['input']!r}", rule(item)))
     return problems
 
 
