@@ -8,6 +8,7 @@ and nothing else. Nothing heavy is imported until a command runs.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -52,8 +53,8 @@ def _options(
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, in YAML.")],
-    out: Annotated[Path, typer.Argument(help="The output folder; it appears whole or not at all.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe, in YAML.", metavar="RECIPE")],
+    out: Annotated[Path, typer.Argument(help="The output folder; it appears whole or not at all.", metavar="OUT")],
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")
     ] = False,
@@ -83,30 +84,35 @@ def run(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One method, in full.", metavar="NAME")] = None,
     level: Annotated[str | None, typer.Option(help="Only this level: weights, features or outputs.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the methods: level, what each needs, options with their defaults and ranges, paper."""
-    from interfuse.registry import LEVELS
+    """List the methods; with NAME, one in full: what it does and needs, options with defaults and ranges, paper."""
     from interfuse.registry import methods as all_methods
+    from interfuse.report.methods import described, in_full, listed
 
-    if level is not None and level not in LEVELS:
-        raise OptionError(Problem("--level", f"got {level!r}", nearest(level, LEVELS)))
-    found = [_described(m) for m in all_methods() if name in (None, m.name) and level in (None, m.level)]
+    known = all_methods()
+    levels = list(dict.fromkeys(m.level for m in known))
+    if level is not None and level not in levels:
+        raise OptionError(Problem("--level", f"got {level!r}", nearest(level, levels)))
+    found = [m for m in known if name in (None, m.name) and level in (None, m.level)]
     if name is not None and not found:
-        raise OptionError(Problem("NAME", f"no method is named {name!r}", nearest(name, [m.name for m in all_methods()])))
+        raise OptionError(Problem("NAME", f"no method is named {name!r}", nearest(name, [m.name for m in known])))
     if as_json:
-        typer.echo(_document(found))
+        typer.echo(_document(list(map(described, found))))
     elif name is not None:
-        typer.echo("\n\n".join(map(_in_full, found)))
+        typer.echo("\n\n".join(map(in_full, found)))
     else:
-        _print(_table(found))
+        typer.echo(listed(found, shutil.get_terminal_size((120, 24)).columns))
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Output folders, recipes, or models.", metavar="FOLDER_OR_RECIPE...")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="Output folders, recipes, or models (a folder, a hub id, python:module:function).", metavar="RUN"),
+    ],
     data: Annotated[str, typer.Option(help="The test data: a file, a folder, or a hub id.")],
     metric: Annotated[str | None, typer.Option(help="Left out: accuracy for classes, mse for numbers.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the table and its plots as one HTML page.")] = None,
@@ -185,57 +191,3 @@ def _print(renderable: Any) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 240)
     console.print(renderable)
-
-
-def _described(method: Any) -> dict[str, Any]:
-    """A method as JSON: its options are JSON Schema properties, with types, ranges and defaults."""
-    from interfuse.recipe.schema import options_schema
-
-    return {
-        "name": method.name,
-        "level": method.level,
-        "summary": method.summary,
-        "needs": method.needs or "nothing",
-        "options": options_schema(method),
-        "paper": method.paper,
-    }
-
-
-def _in_full(method: dict[str, Any]) -> str:
-    lines = [f"{method['name']} ({method['level']})", f"  {method['summary']}", f"  needs: {method['needs']}"]
-    lines += [f"  paper: {method['paper']}"] if method["paper"] else []
-    lines += ["  options:"] if method["options"] else []
-    for name, option in method["options"].items():
-        about = option.get("description", "")
-        lines.append(f"    {_option(name, option)}{'  ' + about if about else ''}")
-    return "\n".join(lines)
-
-
-def _table(found: list[dict[str, Any]]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("Method", "Level", "Does", "Needs", "Options", "Paper")
-    for m in found:
-        options = "\n".join(_option(name, option) for name, option in m["options"].items())
-        table.add_row(*map(Text, (m["name"], m["level"], m["summary"], m["needs"], options, m["paper"])))
-    return table
-
-
-def _option(name: str, option: dict[str, Any]) -> str:
-    """`heads: integer, at least 1, default 4`."""
-    kinds = [kind for kind in option.get("anyOf", [option]) if kind.get("type") != "null"]
-    words = []
-    for kind in kinds:
-        words.append(" | ".join(map(str, kind["enum"])) if "enum" in kind else str(kind.get("type", "any")))
-        for key, text in (
-            ("minimum", "at least"),
-            ("exclusiveMinimum", "above"),
-            ("maximum", "at most"),
-            ("exclusiveMaximum", "below"),
-        ):
-            words += [f"{text} {kind[key]:g}"] if key in kind else []
-    if "default" in option:
-        default = option["default"]
-        words.append("left out by default" if default is None else f"default {json.dumps(default)}")
-    return f"{name}: {', '.join(words)}"

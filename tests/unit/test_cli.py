@@ -168,13 +168,17 @@ def test_methods_lists_every_method_with_level_needs_options_and_paper(capsys: C
     assert code == 0
     assert [(m["name"], m["level"]) for m in listed] == [(m.name, m.level) for m in methods()]
     attention = next(m for m in listed if m["name"] == "attention")
-    assert attention["options"]["heads"] == {"default": 1, "minimum": 1, "title": "Heads", "type": "integer"}
-    table = call(capsys, "methods")[1]
-    assert all(m.name in table for m in methods())
+    heads = attention["options"]["heads"]
+    assert (heads["default"], heads["minimum"], heads["type"]) == (1, 1, "integer")
+    plain = call(capsys, "methods")[1]
+    assert all(f"\n  {m.name} " in plain for m in methods())
+    assert all("description" in option for m in listed for option in m["options"].values())
     weights = json.loads(call(capsys, "methods", "--level", "weights", "--json")[1])
     assert {m["level"] for m in weights} == {"weights"}
     one = call(capsys, "methods", "attention")[1]
     assert "heads: integer, at least 1, default 1" in one
+    assert "dim: integer, at least 1\n" in one
+    assert "in a recipe `fusion: attention`" in one
     assert "arXiv:1409.0473" in one
 
 

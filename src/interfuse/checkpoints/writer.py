@@ -128,7 +128,7 @@ def _refuse(target: Path, shown: str, overwrite: bool, inputs: list[Path]) -> No
     if target.exists() and not target.is_dir():
         refuse("is a file, and the output is a folder")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        refuse("is there already", "choose another folder, or ask to overwrite it")
+        refuse("is there already", "choose another folder, or give --overwrite (overwrite=True)")
 
 
 def _put(part: Path, target: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from interfuse.methods.combination import Combination, normalized
+from interfuse.methods.combination import Combination, Normalize, normalized
 from interfuse.registry import register
 
 
 @register("linear", "weights", paper="https://arxiv.org/abs/2203.05482")
-def linear(weights: Sequence[float], *, normalize: bool = True) -> Combination:
+def linear(weights: Sequence[float], *, normalize: Normalize = True) -> Combination:
     """Weighted average of the models: sum w_i t_i / sum w_i, without the division where `normalize` is false.
 
     `weights` has one number a model, of any sign. A base, where one is given, takes no part in the sum. Weights that sum

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
 
 from interfuse.errors import OptionError, Problem
+
+#: The option of that name.
+Normalize = Annotated[bool, Field(description="Whether the models' weights are divided by their sum.")]
 
 
 class Combination(NamedTuple):

@@ -8,16 +8,18 @@ from typing import Annotated
 
 from pydantic import Field
 
-from interfuse.methods.combination import Combination, normalized
+from interfuse.methods.combination import Combination, Normalize, normalized
 from interfuse.registry import register
+
+_SCALE = "What the sum of task vectors is multiplied by; 0 gives the base."
 
 
 @register("task_arithmetic", "weights", paper="https://arxiv.org/abs/2212.04089", needs="a base")
 def task_arithmetic(
     weights: Sequence[float],
     *,
-    lambda_: Annotated[float, Field(alias="lambda", allow_inf_nan=False)] = 1.0,
-    normalize: bool = False,
+    lambda_: Annotated[float, Field(alias="lambda", allow_inf_nan=False, description=_SCALE)] = 1.0,
+    normalize: Normalize = False,
 ) -> Combination:
     """The base plus the scaled sum of task vectors: t0 + lambda sum w_i (t_i - t0), w_i over their sum if `normalize`.
 

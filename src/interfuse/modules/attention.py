@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from interfuse.modules.branches import (
-    Count,
     Features,
     Fused,
+    Heads,
     Present,
     Share,
     branches,
@@ -39,7 +39,7 @@ class Attention(nn.Module):
     Takes (batch, width_k) or (batch, tokens_k, width_k), the counts of tokens may differ; gives (batch, dim).
     """
 
-    def __init__(self, widths: Sequence[int], dim: int, *, heads: Count = 1, dropout: Share = 0.0) -> None:
+    def __init__(self, widths: Sequence[int], dim: int, *, heads: Heads = 1, dropout: Share = 0.0) -> None:
         super().__init__()
         check_heads(dim, heads)
         self.heads = heads

@@ -28,8 +28,9 @@ Features = Sequence[Tensor | None]
 Present = Sequence[Tensor | None] | None
 Fused = tuple[Tensor, Tensor]
 
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Heads = Annotated[int, Field(ge=1, description="How many parts of the features are weighted each on its own; divides dim.")]
+Depth = Annotated[int, Field(ge=1, description="How many layers the encoder has.")]
+Share = Annotated[float, Field(ge=0, lt=1, description="Share of the fused features that training drops.")]
 
 
 class Branch(nn.Module):

@@ -8,9 +8,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from interfuse.errors import ModelError, OptionError, Problem, nearest
@@ -19,6 +20,7 @@ from interfuse.modules.members import members
 from interfuse.registry import register
 
 COMBINE = ("probabilities", "logits")
+_COMBINE = "What is averaged: probabilities, for classes; or the outputs as they are, for classes or numbers."
 
 
 @register("ensemble", "outputs", paper="Lakshminarayanan et al. 2017, arXiv:1612.01474", needs="nothing")
@@ -35,7 +37,7 @@ class Ensemble(Composite):
         models: Sequence[nn.Module | str] | Mapping[str, nn.Module | str],
         copy: bool = True,
         *,
-        combine: Literal["probabilities", "logits"] = "probabilities",
+        combine: Annotated[Literal["probabilities", "logits"], Field(description=_COMBINE)] = "probabilities",
     ) -> None:
         super().__init__()
         if combine not in COMBINE:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from interfuse.modules.branches import Count, Features, Fused, Present, Share, branches, check_heads, in_one_row, project
+from interfuse.modules.branches import Depth, Features, Fused, Heads, Present, Share, branches, check_heads, in_one_row, project
 from interfuse.registry import register
 
 
@@ -26,7 +26,7 @@ class Transformer(nn.Module):
     is not attended to. Takes (batch, width_k) or (batch, tokens_k, width_k); gives (batch, dim).
     """
 
-    def __init__(self, widths: Sequence[int], dim: int, *, heads: Count = 4, depth: Count = 1, dropout: Share = 0.1) -> None:
+    def __init__(self, widths: Sequence[int], dim: int, *, heads: Heads = 4, depth: Depth = 1, dropout: Share = 0.1) -> None:
         super().__init__()
         check_heads(dim, heads)
         self.branches = branches(widths, dim, token=True)

@@ -214,11 +214,15 @@ class Wide(Section):
     """The options that every fusion of features has, beside those of its method: `ModelFusion`'s own."""
 
     dim: Count | None = Field(
-        default=None, description="The width of the fused features; left out, the largest width, at most 256."
+        default=None, description="The width of the fused features; left out, the largest model's, at most 256."
     )
-    pool: Literal["mean", "none"] | None = Field(default=None, description="Tokens and places: to one vector a model, or kept.")
+    pool: Literal["mean", "none"] | None = Field(
+        default=None,
+        description="mean (as left out): one vector a model from its tokens or places; none: a model's tokens are kept.",
+    )
     residual: bool | None = Field(
-        default=None, description="Whether the models' own predictions are added, so that training starts there."
+        default=None,
+        description="Whether the models' own predictions are added, so that training starts there; true as left out.",
     )
 
 
