@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
 from interfuse.data.columns import Column, Look, Named, Texts, Tokenizer, column_of
 from interfuse.errors import DataError, OptionError, Problem
@@ -46,6 +46,30 @@ def _one(inputs: Any, i: int) -> Any:
 
 def _whole(batch: Any) -> tuple[Any, Tensor]:
     return batch.inputs, batch.targets
+
+
+class Shuffled(Sampler[int]):
+    """All rows in a new order each pass, which depends on nothing but the seed and the number of the pass."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows, self.seed, self.epoch = rows, seed, 0
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        self.epoch += 1
+        yield from torch.randperm(self.rows, generator=generator).tolist()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go on from this pass, from 0 on."""
+        self.epoch = epoch
+
+
+def order_of(data: Any, shuffle: bool, seed: int) -> Sampler[int]:
+    """The rows of `data` in its own order, or shuffled anew in each pass."""
+    return Shuffled(len(data), seed) if shuffle else SequentialSampler(data)
 
 
 class Data(Dataset[Any]):
@@ -101,9 +125,7 @@ class Data(Dataset[Any]):
 
     def loader(self, batch_size: int = 64, shuffle: bool = False, seed: int = 0) -> DataLoader[Any]:
         """Batches (inputs, targets), the last one maybe smaller; shuffled anew in each pass, the same for one seed."""
-        generator = torch.Generator().manual_seed(seed)
-        order: Any = RandomSampler(self, generator=generator) if shuffle else SequentialSampler(self)
-        return DataLoader(self, batch_sampler=BatchSampler(order, batch_size, drop_last=False), collate_fn=_whole)
+        return DataLoader(self, batch_size, sampler=order_of(self, shuffle, seed), collate_fn=_whole)
 
     def split(self, share: float, seed: int = 0) -> tuple[Data, Data]:
         """(the rest, a part with `share` of the samples), every class in its proportion; the same for one seed.

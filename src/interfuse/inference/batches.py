@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, TensorDataset
 
 from interfuse.data import Data
+from interfuse.data.dataset import order_of
 from interfuse.errors import DataError, Problem
 
 
@@ -44,20 +45,31 @@ def batches(data: Any, batch_size: int = 64, *, shuffle: bool = False, seed: int
 
 
 def _loader(data: Dataset[Any], batch_size: int, shuffle: bool, seed: int) -> DataLoader[Any]:
-    if isinstance(data, torch.utils.data.IterableDataset):
+    if isinstance(data, IterableDataset):
         return DataLoader(data, batch_size)
-    generator = torch.Generator().manual_seed(seed)
-    order: Any = RandomSampler(data, generator=generator) if shuffle else SequentialSampler(data)  # type: ignore[arg-type]
-    return DataLoader(data, batch_sampler=BatchSampler(order, batch_size, drop_last=False))
+    return DataLoader(data, batch_size, sampler=order_of(data, shuffle, seed))
 
 
-def first(data: Iterable[Any], name: str = "data") -> Any:
-    """The first batch, or a `DataError` where there is none; the state of the random numbers is left as it was."""
+def first(data: Iterable[Any], name: str = "data", *, seed: int | None = None) -> Any:
+    """The first batch, or a `DataError` where there is none; the state of the random numbers is left as it was.
+
+    seed: draw with these random numbers, where the batch depends on any.
+    """
     with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
         batch = next(iter(in_order(data)), None)
     if batch is None:
         raise DataError(Problem(name, "no batches", "give at least one"))
     return batch
+
+
+def length(data: Iterable[Any]) -> int | None:
+    """How many batches there are, where `data` knows."""
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def in_order(data: Iterable[Any]) -> Iterable[Any]:
@@ -66,13 +78,20 @@ def in_order(data: Iterable[Any]) -> Iterable[Any]:
         return data
     assert isinstance(data, DataLoader)
     size = data.batch_sampler.batch_size if isinstance(data.batch_sampler, BatchSampler) else data.batch_size
-    return DataLoader(data.dataset, size or 1, num_workers=data.num_workers, collate_fn=data.collate_fn)
+    return DataLoader(
+        data.dataset,
+        size or 1,
+        num_workers=data.num_workers,
+        collate_fn=data.collate_fn,
+        worker_init_fn=data.worker_init_fn,
+    )
 
 
 def is_indexed(data: Iterable[Any]) -> bool:
     """Whether `data` draws whole batches by index from a data set that has a length."""
     return (
         isinstance(data, DataLoader)
-        and not isinstance(data.dataset, torch.utils.data.IterableDataset)
+        and type(data).__iter__ is DataLoader.__iter__
+        and not isinstance(data.dataset, IterableDataset)
         and data.batch_sampler is not None
     )
