@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from interfuse.errors import DataError, Problem
-from interfuse.inference.batches import batches
-from interfuse.inference.features import cached, why_not
+from interfuse.inference.batches import batches, length
+from interfuse.inference.features import cached
 from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import call, move, prediction, split_batch
 from interfuse.modules.taps import quiet
@@ -46,23 +46,19 @@ def predict(
         model.to(device)
     parameter = next(model.parameters(), None)
     place = torch.device(device or (parameter.device if parameter is not None else "cpu"))
-    stored = None
-    if cache is not None and isinstance(model, ModelFusion) and not why_not(model, loader):
-        stored = cached(model, loader, Path(cache), progress=progress)
+    stored = "" if cache is None else cached(model, loader, Path(cache), progress=progress)
+    from_readings = not isinstance(stored, str)
     rows: list[Row] = []
-    total = len(loader) if isinstance(loader, Sized) else None
     with quiet(model):
-        for batch in track(stored or loader, "predicting", total, shown=progress):
-            rows.append(_one(model, batch, place, from_readings=stored is not None))
+        for batch in track(stored if from_readings else loader, "predicting", length(loader), shown=progress):
+            rows.append(_one(model, batch, place, from_readings=from_readings))
     if not rows:
         raise DataError(Problem("data", "no batches", "give at least one"))
     outputs, targets, weights = zip(*rows, strict=True)
     return Predictions(torch.cat(outputs), _joined(targets), _joined(weights))
 
 
-def _one(
-    model: nn.Module, batch: Any, device: torch.device, *, from_readings: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _one(model: nn.Module, batch: Any, device: torch.device, *, from_readings: bool) -> Row:
     inputs, targets = batch if from_readings else split_batch(batch)
     inputs = [type(r)(*move(tuple(r), device)) for r in inputs] if from_readings else move(inputs, device)
     weights = None
