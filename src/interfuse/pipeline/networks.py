@@ -276,7 +276,7 @@ def _by_reference(recipe: Recipe) -> bool:
 def names_problems(recipe: Recipe) -> list[Problem]:
     """Metrics and losses that don't exist."""
     from interfuse.evaluation.metrics import find_metric
-    from interfuse.training.fit import LOSSES
+    from interfuse.training.losses import LOSSES
 
     training, asked = recipe.training, recipe.evaluate
     problems = []

@@ -8,7 +8,10 @@ included, restored at the end.
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import logging
+import math
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,31 +22,22 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from interfuse.errors import DataError, ModelError, OptionError, Problem, nearest
-from interfuse.evaluation.metrics import AnyMetric, Metric, find_metric
+from interfuse.errors import ModelError, OptionError, Problem, nearest
+from interfuse.evaluation.metrics import AnyMetric
 from interfuse.extras import require
 from interfuse.inference.batches import batches, first
-from interfuse.inference.features import cached, default_folder, why_not
+from interfuse.inference.features import cached, default_folder
 from interfuse.modules.fused import ModelFusion
-from interfuse.modules.inputs import Composite, call, move, prediction, split_batch
+from interfuse.modules.inputs import call, move, prediction, split_batch
 from interfuse.modules.taps import quiet
+from interfuse.training.losses import LOSSES, Loss, loss_for, metric_for
 
 if TYPE_CHECKING:
     from interfuse.training.loop import KeepBest, Loop
 
-Loss: TypeAlias = Callable[[Tensor, Any], Tensor]
 Loaders: TypeAlias = "tuple[Any, Any]"  # train, and validation or None
-
-_LOSSES: dict[str, Loss] = {
-    "cross_entropy": lambda outputs, targets: nn.functional.cross_entropy(outputs, targets.long()),
-    "binary_cross_entropy": lambda outputs, targets: nn.functional.binary_cross_entropy_with_logits(
-        outputs, targets.view(outputs.shape).to(outputs.dtype)
-    ),
-    "mse": lambda outputs, targets: nn.functional.mse_loss(outputs, targets.view(outputs.shape).to(outputs.dtype)),
-    "mae": lambda outputs, targets: nn.functional.l1_loss(outputs, targets.view(outputs.shape).to(outputs.dtype)),
-}
-LOSSES = ("auto", *_LOSSES)
 
 
 @dataclass(frozen=True)
@@ -111,19 +105,33 @@ def fit(
     from interfuse.training.loop import Loop
 
     begun = time.monotonic()
-    _check(model, epochs, learning_rate, batch_size, weight_decay, patience, loss)
-    with torch.random.fork_rng(devices=[]), _trained(model, train_only):
-        torch.manual_seed(seed)
+    _check(
+        model=model,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        weight_decay=weight_decay,
+        patience=patience,
+        seed=seed,
+        loss=loss,
+        resume=resume,
+        trainer=trainer,
+    )
+    with _random_numbers(seed), _place_and_mode_kept(model):
         loaders = _loaders(train, validation, batch_size, seed)
         inputs, targets = split_batch(first(loaders[0], "train"))
         outputs = _try(model, inputs)
-        loop = Loop(model, _loss(loss, outputs, targets), _metric(metric, outputs, targets), learning_rate, weight_decay)
-        loaders, reason = _from_cache(model, loaders, cache, progress)
-        loop.from_readings = not reason
-        start, values = _start(loop, loaders)
-        torch.manual_seed(seed)
-        ready = time.monotonic()
-        keeper = _run(loop, loaders, values, epochs, patience, callbacks, checkpoints, resume, progress, trainer)
+        loop = Loop(model, loss_for(loss, outputs, targets), metric_for(metric, outputs, targets), learning_rate, weight_decay)
+        with _trained(model, train_only):
+            if epochs and not any(p.requires_grad for p in model.parameters()):
+                raise ModelError(Problem("model", "nothing in it is trained", "freeze=False, a head, or train_only"))
+            loaders, reason = _from_cache(model, loaders, cache, progress)
+            loop.from_readings = not reason
+            start, values = _start(loop, loaders)
+            torch.manual_seed(seed)
+            ready = time.monotonic()
+            options = {"max_epochs": epochs, "callbacks": _callbacks(callbacks, checkpoints, progress), **trainer}
+            keeper = _run(loop, loaders, values, seed, patience, resume, options)
     now = time.monotonic()
     best = {key: v for row in keeper.history if row["epoch"] == keeper.epoch for key, v in row.items() if "validation" in key}
     return FitRecord(
@@ -139,40 +147,84 @@ def fit(
     )
 
 
-def _check(model: Any, epochs: Any, learning_rate: Any, batch_size: Any, weight_decay: Any, patience: Any, loss: Any) -> None:
-    rules = (
-        (isinstance(model, nn.Module), "model", type(model).__name__, "a torch.nn.Module"),
-        (isinstance(epochs, int) and epochs >= 0, "epochs", epochs, "a whole number from 0 up"),
-        (isinstance(learning_rate, int | float) and learning_rate > 0, "learning_rate", learning_rate, "a number above 0"),
-        (isinstance(batch_size, int) and batch_size > 0, "batch_size", batch_size, "a whole number from 1 up"),
-        (isinstance(weight_decay, int | float) and weight_decay >= 0, "weight_decay", weight_decay, "a number from 0 up"),
-        (patience is None or (isinstance(patience, int) and patience > 0), "patience", patience, "a whole number, or None"),
-        (callable(loss) or loss in LOSSES, "loss", loss, nearest(str(loss), LOSSES) + " Or a function."),
-    )
-    problems = [Problem(path, f"got {got!r}", allowed) for fine, path, got, allowed in rules if not fine]
+def _check(*, trainer: Mapping[str, Any], resume: Any, loss: Any, **given: Any) -> None:
+    """Raise an `OptionError` with everything that is wrong among the options."""
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "model": (lambda v: isinstance(v, nn.Module), "a torch.nn.Module"),
+        "epochs": (lambda v: isinstance(v, int) and v >= 0, "a whole number from 0 up"),
+        "learning_rate": (lambda v: isinstance(v, int | float) and 0 < v < math.inf, "a number above 0"),
+        "batch_size": (lambda v: isinstance(v, int) and v > 0, "a whole number from 1 up"),
+        "weight_decay": (lambda v: isinstance(v, int | float) and 0 <= v < math.inf, "a number from 0 up"),
+        "patience": (lambda v: v is None or (isinstance(v, int) and v > 0), "a whole number from 1 up, or None"),
+        "seed": (lambda v: isinstance(v, int) and v >= 0, "a whole number from 0 up"),
+    }
+    problems = [
+        Problem(name, f"got {given[name]!r}", allowed) for name, (fine, allowed) in rules.items() if not fine(given[name])
+    ]
+    if not callable(loss) and loss not in LOSSES:
+        problems.append(Problem("loss", f"got {loss!r}", f"{nearest(str(loss), LOSSES)} Or a function."))
+    if resume is not None and not Path(resume).exists():
+        problems.append(Problem("resume", f"no checkpoint at {str(resume)!r}", "a file that `checkpoints` left"))
+    known = [*inspect.signature(require("lightning.pytorch").Trainer).parameters]
+    ours = {"max_epochs": "it is `epochs`", "callbacks": ""}
+    allowed = [*(name for name in known if name not in ours), *inspect.signature(fit).parameters]
+    problems += [
+        Problem(name, "unknown option", ours.get(name) or nearest(name, allowed))
+        for name in trainer
+        if name not in known or name in ours
+    ]
     if problems:
         raise OptionError(*problems)
 
 
 @contextmanager
-def _trained(model: nn.Module, train_only: Sequence[str] | None) -> Iterator[None]:
-    """Within it, only what matches trains; modules without anything to train are in evaluation mode. Ends in evaluation."""
-    before = {name: p.requires_grad for name, p in model.named_parameters()}
-    if train_only is not None:
-        patterns = [train_only] if isinstance(train_only, str) else list(train_only)
-        idle = [pattern for pattern in patterns if not fnmatch.filter(before, pattern)]
-        if idle:
-            wrong = [Problem("train_only", f"{p!r} matches no parameter", nearest(p, before)) for p in idle]
-            raise OptionError(*wrong)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
+def _random_numbers(seed: int) -> Iterator[None]:
+    """Random numbers from `seed` on; afterwards those of before go on."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _place_and_mode_kept(model: nn.Module) -> Iterator[None]:
+    """Ends in evaluation mode, with the model where it was (Lightning takes it away from a GPU)."""
+    before = next((p.device for p in model.parameters()), None)
     try:
         yield
     finally:
         model.eval()
+        if before is not None and next(model.parameters()).device != before:
+            model.to(before)
+
+
+@contextmanager
+def _trained(model: nn.Module, train_only: Sequence[str] | None) -> Iterator[None]:
+    """Within it, only the parameters that match are trained; the frozen networks of a fusion never are."""
+    if train_only is None:
+        yield
+        return
+    patterns = [train_only] if isinstance(train_only, str) else list(train_only)
+    frozen = tuple(f"backbones.{k}." for k, kept in enumerate(model.freeze) if kept) if isinstance(model, ModelFusion) else ()
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    names = [name for name in before if not name.startswith(frozen)]
+    problems = [
+        Problem("train_only", f"{p!r} matches only what is frozen", "make the fusion with freeze=False")
+        if fnmatch.filter(before, p)
+        else Problem("train_only", f"{p!r} matches no parameter", nearest(p, names))
+        for p in patterns
+        if not fnmatch.filter(names, p)
+    ]
+    if problems:
+        raise OptionError(*problems)
+    chosen = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+    try:
         for name, parameter in model.named_parameters():
-            if train_only is not None:
-                parameter.requires_grad_(before.get(name, True))
+            parameter.requires_grad_(name in chosen)
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])
 
 
 def _loaders(train: Any, validation: Any, batch_size: int, seed: int) -> Loaders:
@@ -193,16 +245,14 @@ def _from_cache(model: nn.Module, loaders: Loaders, cache: bool | str | Path, pr
     """Loaders over the cached features, or `loaders` themselves and why."""
     if cache is False:
         return loaders, "caching is off"
-    there = [loader for loader in loaders if loader is not None]
-    for loader in there:
-        if reason := why_not(model, loader):
-            return loaders, reason
-    assert isinstance(model, ModelFusion)
     folder = default_folder() if cache is True else Path(cache)
-    stored = [cached(model, loader, folder, progress=progress) for loader in there]
-    if None in stored:
-        return loaders, "the number of tokens differs between batches"
-    return (stored[0], stored[1] if len(stored) > 1 else None), ""
+    stored: list[Any] = [None, None]
+    for k, loader in enumerate(loaders):
+        if loader is not None:
+            stored[k] = cached(model, loader, folder, progress=progress)
+            if isinstance(stored[k], str):
+                return loaders, stored[k]
+    return (stored[0], stored[1]), ""
 
 
 def _try(model: nn.Module, inputs: Any) -> Tensor:
@@ -210,42 +260,6 @@ def _try(model: nn.Module, inputs: Any) -> Tensor:
     place = next(model.parameters(), None)
     with quiet(model):
         return prediction(call(model, inputs if place is None else move(inputs, place.device)))
-
-
-def _loss(
-    loss: str | Callable[[Tensor, Any], Tensor], outputs: Tensor, targets: Tensor | None
-) -> Callable[[Tensor, Any], Tensor]:
-    if callable(loss):
-        return loss
-    if targets is None:
-        raise DataError(Problem("train", "the batches hold no targets", "give (inputs, targets), or a loss of your own"))
-    if loss == "auto":
-        whole = not targets.is_floating_point()
-        one = outputs.ndim == 1 or outputs.shape[-1] == 1
-        loss = ("binary_cross_entropy" if one else "cross_entropy") if whole else "mse"
-    problem = _misfit(loss, outputs, targets)
-    if problem:
-        raise ModelError(Problem("head", problem, "give the head one output for each class or value"))
-    return _LOSSES[loss]
-
-
-def _misfit(loss: str, outputs: Tensor, targets: Tensor) -> str:
-    if loss == "cross_entropy":
-        if outputs.ndim != 2:
-            return f"{loss} of outputs {tuple(outputs.shape)}"
-        high = int(targets.max()) if targets.numel() else 0
-        return f"{outputs.shape[-1]} classes, but the targets go up to {high}" if high >= outputs.shape[-1] else ""
-    return (
-        ""
-        if outputs.numel() == targets.numel()
-        else f"{loss} of outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}"
-    )
-
-
-def _metric(metric: AnyMetric | None, outputs: Tensor, targets: Tensor | None) -> Metric | None:
-    if metric is not None:
-        return find_metric(metric)
-    return find_metric("accuracy") if targets is not None and not targets.is_floating_point() and targets.ndim == 1 else None
 
 
 def _start(loop: Loop, loaders: Loaders) -> tuple[str, dict[str, float] | None]:
@@ -281,64 +295,77 @@ def _moved(batch: Any, place: torch.device) -> Any:
     return move(batch, place)
 
 
+def _callbacks(callbacks: Sequence[Any], checkpoints: str | Path | None, progress: bool) -> list[Any]:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from interfuse.training.loop import EpochProgress
+
+    own = [EpochProgress()] if progress else []
+    return [*callbacks, *own, *([] if checkpoints is None else [ModelCheckpoint(checkpoints, save_last=True)])]
+
+
 def _run(
     loop: Loop,
     loaders: Loaders,
     start: Mapping[str, float] | None,
-    epochs: int,
+    seed: int,
     patience: int | None,
-    callbacks: Sequence[Any],
-    checkpoints: str | Path | None,
     resume: str | Path | None,
-    progress: bool,
-    trainer: Mapping[str, Any],
+    options: dict[str, Any],
 ) -> KeepBest:
+    """Lightning's part: train, and end with the best weights, or on any error with the best until then."""
     from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+    from lightning.pytorch.callbacks import Checkpoint
 
-    from interfuse.training.loop import EpochProgress, KeepBest
+    from interfuse.training.loop import Epochs, KeepBest
 
-    model, metric = loop.model, loop.metric
-    keeper = KeepBest(model, metric, start)
-    if epochs == 0:
-        return keeper
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ModelError(Problem("model", "nothing in it is trained", "freeze=False, a head, or train_only"))
-    own: list[Any] = [*callbacks, keeper, *([EpochProgress()] if progress else [])]
-    if patience is not None and loaders[1] is not None:
-        mode = "max" if metric is not None and metric.higher else "min"
-        own.append(EarlyStopping(f"validation_{metric.name if metric else 'loss'}", patience=patience, mode=mode))
-    if checkpoints is not None:
-        own.append(ModelCheckpoint(checkpoints, save_last=True))
-    options = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "limit_val_batches": None if loaders[1] is not None else 0,
-        "enable_checkpointing": checkpoints is not None,
-        **trainer,
-    }
-    _prepare(model)
-    with _without_advice():
-        runner = Trainer(max_epochs=epochs, callbacks=own, **options)
-        runner.fit(loop, loaders[0], loaders[1], ckpt_path=None if resume is None else str(resume))
-    if loaders[1] is None:
-        keeper.epoch = int(keeper.history[-1]["epoch"])  # nothing to choose by: the last epoch
-    else:
-        model.load_state_dict(keeper.state, strict=False)
+    with tempfile.TemporaryDirectory() as folder, _without_advice():
+        keeper = KeepBest(loop.model, loop.metric, start, patience, Path(folder) / "handover.pt")
+        if options["max_epochs"] == 0:
+            return keeper
+        defaults = {
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": None if loaders[1] is not None else 0,
+            "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in options["callbacks"]),
+        }
+        runner = Trainer(**{**defaults, **options, "callbacks": [*options["callbacks"], keeper]})
+        # Loaders go to several processes as they are: Lightning shares out their rows and sees to their order.
+        several = runner.world_size > 1
+        train, validation = (
+            data if data is None or (isinstance(data, DataLoader) and (several or turn is None)) else Epochs(data, loop, turn)
+            for data, turn in zip(loaders, (seed, None), strict=True)
+        )
+        _prepare(loop.model)
+        try:
+            runner.fit(loop, train, validation, ckpt_path=None if resume is None else str(resume))
+        except BaseException:
+            keeper.put_back()
+            raise
+        keeper.finish()
     return keeper
 
 
 def _prepare(model: nn.Module) -> None:
     """Training mode for what is trained; modules of which nothing is trained keep their statistics and have no dropout."""
     model.train()
-    if isinstance(model, Composite):
-        return
     for module in model.modules():
         parameters: Iterable[nn.Parameter] = list(module.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
             module.eval()
+
+
+#: What Lightning says of choices that are made here on purpose.
+_ADVICE = (
+    "does not have many workers",
+    "smaller than the logging interval",
+    "in eval mode at the start",
+    "have no `val_dataloader`",
+    "Checkpoint directory .* exists and is not empty",
+    r'add the following callbacks: \["ModelCheckpoint{[^"]*}"\]',
+)
 
 
 @contextmanager
@@ -349,7 +376,7 @@ def _without_advice() -> Iterator[None]:
     logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            for about in ("does not have many workers", "smaller than the logging interval", "in eval mode at the start"):
+            for about in _ADVICE:
                 warnings.filterwarnings("ignore", f".*{about}.*")
             warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")

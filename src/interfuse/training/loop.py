@@ -1,4 +1,4 @@
-"""The training loop as Lightning sees it: one module and two callbacks.
+"""The training loop as Lightning sees it: one module, two callbacks, and the data as it goes through them.
 
 Nothing here decides anything: `fit` chooses data, losses and where to start.
 """
@@ -6,21 +6,23 @@ Nothing here decides anything: `fit` chooses data, losses and where to start.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
 import torch
 from torch import Tensor, nn
 
+from interfuse.data.dataset import Shuffled
 from interfuse.errors import DataError, Problem
 from interfuse.evaluation.metrics import Metric, score
 from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import call, prediction, split_batch
-
-Loss = Callable[[Tensor, Any], Tensor]
+from interfuse.training.losses import Loss
 
 
 def forward(model: nn.Module, batch: Any, *, from_readings: bool) -> tuple[Tensor, Any]:
@@ -59,7 +61,7 @@ class Loop(lightning.LightningModule):
         parts = self.seen if self.trainer.world_size == 1 else [_flat(self.all_gather(part)) for part in self.seen]
         self.seen = []
         for name, value in measure(parts, self.loss, self.metric).items():
-            self.log(f"validation_{name}", value)
+            self.log(f"validation_{name}", value, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW on what is trained; the learning rate falls to zero along a cosine."""
@@ -68,6 +70,28 @@ class Loop(lightning.LightningModule):
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Epochs:
+    """Batches whose random order and changes depend only on the seed and the epoch, so that a resumed run has the same.
+
+    A class, because Lightning starts iterators before the epoch they belong to, and takes lists for several loaders.
+    """
+
+    def __init__(self, data: Iterable[Any], loop: Loop, seed: int | None) -> None:
+        self.data, self.loop, self.seed = data, loop, seed
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]  # Lightning takes a TypeError for "not known"
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.seed is not None:
+            epoch = self.loop.current_epoch
+            torch.manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+            order = getattr(self.data, "sampler", None)
+            if isinstance(order, Shuffled):
+                order.set_epoch(epoch)
+        yield from self.data
 
 
 def _flat(part: Any) -> tuple[Tensor, Any]:
@@ -82,43 +106,76 @@ def measure(parts: list[tuple[Tensor, Any]], loss: Loss, metric: Metric | None) 
     values = {"loss": sum(value * n for value, n in zip(losses, sizes, strict=True)) / sum(sizes)}
     if metric is not None:
         outputs = torch.cat([o.float().cpu() for o, _ in parts])
-        values[metric.name] = score(metric, outputs, torch.cat([t.cpu() for _, t in parts]))
+        finite = bool(outputs.isfinite().all())
+        values[metric.name] = score(metric, outputs, torch.cat([t.cpu() for _, t in parts])) if finite else math.nan
     return values
 
 
 def rank(values: Mapping[str, float], metric: Metric | None) -> tuple[float, float]:
-    """How good validation values are, to compare: by the metric, then by the loss; higher is better."""
-    value = 0.0 if metric is None else values[metric.name]
-    return (value if metric is None or metric.higher else -value, -values["loss"])
+    """How good validation values are, to compare: by the metric, then by the loss; higher is better, NaN is worst."""
+    value = 0.0 if metric is None else values[metric.name] if metric.higher else -values[metric.name]
+    return tuple(-math.inf if math.isnan(v) else v for v in (value, -values["loss"]))  # type: ignore[return-value]
 
 
 class KeepBest(lightning.Callback):
-    """Keeps the trained weights of the best epoch, step 0 included, by the metric and then by the loss."""
+    """Keeps the trained weights of the best epoch, step 0 included, and stops `patience` epochs after it.
 
-    def __init__(self, model: nn.Module, metric: Metric | None, start: Mapping[str, float] | None) -> None:
-        self.model, self.metric = model, metric
+    With processes of Lightning's own making (`ddp_spawn`), what they found comes back through the file `handover`.
+    """
+
+    def __init__(
+        self, model: nn.Module, metric: Metric | None, start: Mapping[str, float] | None, patience: int | None, handover: Path
+    ) -> None:
+        self.model, self.metric, self.patience, self.handover = model, metric, patience, handover
         self.history: list[dict[str, float]] = []
         self.epoch, self.best, self.state = 0, None if start is None else rank(start, metric), trained_state(model)
         self.begun = time.monotonic()
+        self.process = os.getpid()
+        self.validated, self.fresh = start is not None, False
         if start is not None:
             self.history.append({"epoch": 0, **{f"validation_{key}": value for key, value in start.items()}})
 
+    def on_train_epoch_start(self, trainer: Any, loop: Any) -> None:
+        """Start the epoch's clock."""
+        self.begun = time.monotonic()
+
+    def on_validation_end(self, trainer: Any, loop: Any) -> None:
+        """Note that this epoch has validation values of its own."""
+        self.fresh = True
+
     def on_train_epoch_end(self, trainer: Any, loop: Any) -> None:
         """Write the epoch down, and keep its weights if they are the best yet."""
-        values = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        now = time.monotonic()
+        found = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        values = {key: value for key, value in found.items() if self.fresh or not key.startswith("validation_")}
+        epoch, fresh, self.fresh = trainer.current_epoch + 1, self.fresh, False
         if not math.isfinite(values["train_loss"]):
-            self.model.load_state_dict(self.state, strict=False)
-            wrong = f"the loss was {values['train_loss']} in epoch {trainer.current_epoch + 1}"
+            wrong = f"the loss was {values['train_loss']} in epoch {epoch}"
             raise DataError(Problem("training", wrong, "a lower learning_rate, or data without NaN or infinity"))
-        self.history.append({"epoch": trainer.current_epoch + 1, **values, "seconds": now - self.begun})
-        self.begun = now
-        found = {key.removeprefix("validation_"): value for key, value in values.items() if key.startswith("validation_")}
-        if not found:
-            return
-        now_at = rank(found, self.metric)
-        if self.best is None or now_at > self.best:
-            self.best, self.epoch, self.state = now_at, trainer.current_epoch + 1, trained_state(self.model)
+        self.history.append({"epoch": epoch, **values, "seconds": time.monotonic() - self.begun})
+        if not self.validated:  # nothing to choose by: the last epoch
+            self.epoch = epoch
+        elif fresh:
+            now = rank({key.removeprefix("validation_"): value for key, value in values.items()}, self.metric)
+            if self.best is None or now > self.best:
+                self.best, self.epoch, self.state = now, epoch, trained_state(self.model)
+            elif self.patience is not None and epoch - self.epoch >= self.patience:
+                trainer.should_stop = True
+
+    def on_train_end(self, trainer: Any, loop: Any) -> None:
+        """Hand over to the process that called `fit`, where this is another."""
+        if os.getpid() != self.process and trainer.is_global_zero:
+            torch.save(self.state_dict(), self.handover)
+
+    def finish(self) -> None:
+        """Give the model the weights of the best epoch, if there is anything to choose by."""
+        if self.handover.exists():
+            self.load_state_dict(torch.load(self.handover, weights_only=True))
+        if self.validated:
+            self.put_back()
+
+    def put_back(self) -> None:
+        """Give the model the weights of the best epoch yet, or else of the start."""
+        self.model.load_state_dict(self.state, strict=False)
 
     def state_dict(self) -> dict[str, Any]:
         """For Lightning's checkpoints, so that a resumed run remembers its best epoch."""
@@ -131,12 +188,9 @@ class KeepBest(lightning.Callback):
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters that are trained, and of the buffers (running statistics) of modules that hold any."""
-    names = {name for name, p in model.named_parameters() if p.requires_grad}
-    for name, module in model.named_modules():
-        if any(p.requires_grad for p in module.parameters()):
-            names |= {f"{name}.{key}" if name else key for key, _ in module.named_buffers(recurse=False)}
-    return {name: value.detach().clone() for name, value in model.state_dict().items() if name in names}
+    """Copies of all parameters that are trained, and of all buffers (running statistics)."""
+    kept = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: value.detach().clone() for name, value in model.state_dict().items() if name not in kept}
 
 
 class EpochProgress(lightning.Callback):
@@ -148,10 +202,14 @@ class EpochProgress(lightning.Callback):
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        self.bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not self._shown(trainer))
         self.task = self.bar.add_task("training", total=float(trainer.estimated_stepping_batches), rate="")
         self.start = time.monotonic()
         self.bar.start()
+
+    @staticmethod
+    def _shown(trainer: Any) -> bool:
+        return bool(trainer.is_global_zero) and sys.stderr.isatty()
 
     def on_train_batch_end(self, trainer: Any, loop: Any, outputs: Any, batch: Any, index: int) -> None:
         """Move the line on."""
