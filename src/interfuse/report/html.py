@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,17 +40,23 @@ class _Heat(NamedTuple):
 
 
 def write_report(
-    comparison: Comparison, path: Path | str, *, title: str = "Models compared", notes: str | Sequence[str] = ()
+    comparison: Comparison,
+    path: Path | str,
+    *,
+    title: str = "Models compared",
+    notes: str | Sequence[str] = (),
+    about: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `comparison` to `path` as one HTML page and give the path back.
 
-    `notes` are paragraphs below the title. The page appears whole: a file that is there is replaced at the end. Raises
-    `OptionError` where `path` is a folder, and `MissingExtra` without matplotlib and jinja2.
+    `notes` are paragraphs below the title, `about` says of each model, by name, what it is. The page appears whole: a file
+    that is there is replaced at the end. Raises `OptionError` where `path` is a folder, and `MissingExtra` without
+    matplotlib and jinja2.
     """
     path = Path(path)
     if path.is_dir():
         raise OptionError(Problem("path", f"{path} is a folder", "give the name of a file, such as report.html"))
-    page = _page(comparison, title, [notes] if isinstance(notes, str) else list(notes))
+    page = _page(comparison, title, [notes] if isinstance(notes, str) else list(notes), about or {})
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -66,7 +72,7 @@ def write_report(
     return path
 
 
-def _page(comparison: Comparison, title: str, notes: list[str]) -> str:
+def _page(comparison: Comparison, title: str, notes: list[str], about: Mapping[str, str]) -> str:
     jinja2 = require("jinja2")
     from interfuse import __version__
 
@@ -77,11 +83,13 @@ def _page(comparison: Comparison, title: str, notes: list[str]) -> str:
         _Heat(f"{row.name} on {task}" if several else row.name, weights)
         for row in comparison.rows
         for task, weights in row.weights.items()
+        if len(weights.models) > 1  # one model alone has all the weight
     ]
     return environment.from_string(source).render(
         title=title,
         summary=_summary(comparison),
         notes=notes,
+        about=about,
         comparison=comparison,
         columns=comparison.columns(),
         confidence=f"{comparison.confidence:.0%}",
