@@ -231,8 +231,16 @@ def _names(reference: Checkpoint, checkpoint: Checkpoint) -> tuple[dict[str, str
         }
         unique = len(moved) == len(checkpoint.specs)
         if unique and len(moved.keys() & reference.specs.keys()) > len(best.keys() & reference.specs.keys()):
-            best, note = moved, f"the prefix {theirs!r} of its names is read as {ours!r}"
+            best, note = moved, _moved(theirs, ours)
     return best, note
+
+
+def _moved(theirs: str, ours: str) -> str:
+    if not ours:
+        return f"the prefix {theirs!r} of its names is left out"
+    return (
+        f"the prefix {theirs!r} of its names is read as {ours!r}" if theirs else f"its names are read with the prefix {ours!r}"
+    )
 
 
 def _prefixes(reference: Mapping[str, TensorSpec], names: Mapping[str, TensorSpec]) -> list[tuple[str, str]]:

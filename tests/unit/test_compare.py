@@ -195,3 +195,16 @@ def test_an_unknown_row() -> None:
     result = compare(pool(), classes(), bootstrap=20)
     with pytest.raises(OptionError, match="no model is named 'god'; did you mean 'good'"):
         result["god"]
+
+
+def test_a_model_may_read_the_data_in_its_own_way() -> None:
+    x, y = classes()
+    models = {"plain": Scaled(3.0, 2.0, 1.0), "tenfold": Scaled(0.3, 0.2, 0.1)}
+    table = compare(models, [(x, y)], views={"tenfold": [(10 * x, y)]}, metric="log_loss")
+    assert table["plain"].score.value == pytest.approx(table["tenfold"].score.value)
+    with pytest.raises(OptionError) as caught:
+        compare(models, {"t": [(x, y)]}, views={"plain": [(x, y)], "none": {"t": [(x, y)]}})
+    assert [(p.path, p.wrong) for p in caught.value.problems] == [
+        ("views", "no model is named 'none'"),
+        ("views['plain']", "has the tasks ['data']"),
+    ]

@@ -399,12 +399,69 @@ def test_runs_recipes_and_models_are_compared_on_the_same_data(work: Path) -> No
         compare_runs(references, "test.npz")
 
 
-def test_runs_that_read_their_data_differently_are_not_compared(work: Path) -> None:
+def test_every_run_reads_the_data_in_its_own_way_and_parents_are_marked(work: Path) -> None:
     for name, more in (("a", {}), ("b", {"mean": [0.5]})):
-        recipe = {"models": [net("mlp")], "data": {"test": "test.npz", **more}}
+        recipe = {"models": [net("mlp")], "data": {"test": "test.npz", **more}, "evaluate": {"metric": "log_loss"}}
         run(recipe, name, trust_code=True, progress=False)
-    with pytest.raises(DataError, match="the runs read their data differently: a reads"):
+    run({"fusion": "ensemble", "models": ["a", "b"], "data": {"test": "test.npz"}}, "both", trust_code=True)
+    compared = compare_runs(["a", "b", "both"], "test.npz", metric="log_loss", trust_code=True, progress=False)
+    values = [json.loads((work / name / "interfuse.json").read_text())["run"]["test"]["value"] for name in "ab"]
+    assert [compared[name].score.value for name in "ab"] == pytest.approx(values)
+    assert values[0] != pytest.approx(values[1])
+    assert [row.parent for row in compared.rows] == [True, True, False]
+
+
+def test_what_is_wrong_is_said_before_a_recipe_is_run(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (work / "r.yaml").write_text(yaml.safe_dump(fusion()))
+    monkeypatch.setattr("interfuse.pipeline.steps.run", lambda *_, **__: pytest.fail("it was run"))
+    with pytest.raises(OptionError) as caught:
+        compare_runs(["r.yaml"], "none.npz", metric="acuracy", device="tpu", trust_code=True)
+    assert [p.path for p in caught.value.problems] == ["--data", "device", "--metric"]
+    with pytest.raises(ModelError, match="nowhere: no such folder"):
+        compare_runs(["r.yaml", "./nowhere"], "test.npz", trust_code=True)
+
+
+def test_classes_keep_their_numbers_where_the_test_data_lacks_one(work: Path) -> None:
+    draw = np.random.default_rng(0)
+    for name, labels in (("train", "abc"), ("test", "bc")):
+        rows = [f"{'abc'.index(label) + draw.normal() / 9:.3f},{draw.normal():.3f},{label}" for label in labels * 30]
+        (work / f"{name}.csv").write_text("p,q,label\n" + "\n".join(rows) + "\n")
+    model = "import torch\n\ndef line():\n    torch.manual_seed(0)\n    return torch.nn.Sequential(torch.nn.Linear(2, 3))\n"
+    (work / "linenet.py").write_text(model)
+    data = {"train": "train.csv", "test": "test.csv"}
+    recipe = {"models": ["python:linenet:line"], "data": data, "training": {"epochs": 30, "learning_rate": 0.3}}
+    record = run(recipe, "out", trust_code=True, progress=False)
+    assert record.classes == ("a", "b", "c")
+    assert record.test is not None
+    assert record.test["value"] > 0.9
+    found = compare_runs(["out"], "test.csv", trust_code=True, progress=False)["out"].score.value
+    assert found == pytest.approx(record.test["value"])
+    sys.modules.pop("linenet", None)
+
+
+def test_runs_of_other_classes_are_not_compared(work: Path) -> None:
+    for name in "ab":
+        run({"models": [net("mlp")], "data": {"test": "test.npz"}}, name, trust_code=True, progress=False)
+    about = json.loads((work / "b" / "interfuse.json").read_text())
+    about["run"]["classes"] = ["2", "1", "0"]
+    (work / "b" / "interfuse.json").write_text(json.dumps(about))
+    with pytest.raises(DataError, match=r"a knows the classes \['0', '1', '2'\], b \['2', '1', '0'\]"):
         compare_runs(["a", "b"], "test.npz", trust_code=True, progress=False)
+
+
+def test_a_folder_built_by_code_needs_trust_before_anything_is_loaded(work: Path) -> None:
+    run({"models": [net("mlp")], "data": {"test": "test.npz"}}, "a", trust_code=True, progress=False)
+    run({"fusion": "ensemble", "models": ["a"]}, "b", trust_code=True, progress=False)
+    with pytest.raises(RecipeError, match=r"models\[0\]\.model: .*b is built by python:pipelinenets:mlp, which runs code"):
+        run({"fusion": "mean", "models": ["b"], "data": {"train": "train.npz"}}, "c", dry_run=True)
+
+
+def test_what_a_merge_resolved_is_said(work: Path) -> None:
+    save_file({"w": np.ones(2, np.float32)}, work / "a.safetensors")
+    save_file({"module.w": np.ones(2, np.float32)}, work / "b.safetensors")
+    record = run({"merge_method": "linear", "models": ["a.safetensors", "b.safetensors"]}, "out")
+    assert record.notes == (f"models[1] ({work / 'b.safetensors'}): the prefix 'module.' of its names is left out",)
+    assert f"note: {record.notes[0]}" in record.text()
 
 
 # --- transformers: folders, texts, tokenizers ---
@@ -438,12 +495,13 @@ def test_texts_are_read_by_each_models_tokenizer(work: Path) -> None:
     assert record.test is not None
     about = json.loads((work / "out" / "interfuse.json").read_text())
     assert [member["stored"] for member in about["members"]] == [False, False]
-    comparison = compare_runs(["out"], "t.csv", progress=False)
-    assert comparison["out"].score.value == pytest.approx(record.test["value"])
     single = run({"models": ["p"], "data": data, "training": {"epochs": 1}}, "one", progress=False)
     assert {"config.json", "tokenizer.json", "recipe.yaml"} <= {p.name for p in (work / "one").iterdir()}
     assert single.test is not None
     assert compare_runs(["one"], "t.csv", progress=False)["one"].score.value == pytest.approx(single.test["value"])
     merged = run({"merge_method": "linear", "models": ["p", "q"], "data": {"test": "t.csv"}}, "mix", progress=False)
     assert merged.test is not None
-    assert compare_runs(["mix"], "t.csv", progress=False)["mix"].score.value == pytest.approx(merged.test["value"])
+    compared = compare_runs(["p", "q", "out", "one", "mix"], "t.csv", progress=False)
+    assert compared["mix"].score.value == pytest.approx(merged.test["value"])
+    assert compared["out"].score.value == pytest.approx(record.test["value"])
+    assert [row.name for row in compared.rows if row.parent] == ["p", "q"]

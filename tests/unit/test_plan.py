@@ -83,8 +83,8 @@ def test_dtype_changes_floats_alone(dtype: str) -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "note"),
     [
-        ("", "module.", "the prefix 'module.' of its names is read as ''"),
-        ("model.", "", "the prefix '' of its names is read as 'model.'"),
+        ("", "module.", "the prefix 'module.' of its names is left out"),
+        ("model.", "", "its names are read with the prefix 'model.'"),
         ("model.", "_orig_mod.module.", "the prefix '_orig_mod.module.' of its names is read as 'model.'"),
     ],
 )
@@ -116,7 +116,7 @@ def test_a_prefix_on_one_side_is_resolved_beside_a_head() -> None:
             plan_merge("linear", models)
         assert [problem.wrong for problem in caught.value.problems] == [f"tensor {left}"]
     plan = plan_merge("linear", [header(body), header(inner)])
-    assert plan.notes == ("models[1] (m): the prefix 'bert.' of its names is read as ''",)
+    assert plan.notes == ("models[1] (m): the prefix 'bert.' of its names is left out",)
     assert [read.name for read in plan.outputs[2].inputs] == ["layer.2.w", "bert.layer.2.w"]
 
 

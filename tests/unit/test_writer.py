@@ -176,7 +176,7 @@ def test_an_existing_folder_needs_overwrite(tmp_path: Path) -> None:
     out.mkdir()
     with whole_folder(out) as folder:  # an empty one is free
         (folder / "old").write_text("x")
-    with pytest.raises(CheckpointError, match="is there already; choose another folder, or ask to overwrite it"):
+    with pytest.raises(CheckpointError, match="is there already; choose another folder, or give --overwrite"):
         with whole_folder(out):
             pass
     with pytest.raises(ZeroDivisionError):

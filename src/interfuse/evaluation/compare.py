@@ -55,6 +55,7 @@ def compare(
     seed: int = 0,
     parents: Sequence[str] = (),
     best_parent: str | None = None,
+    views: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
     cache: Path | str | None = None,
     progress: bool = True,
@@ -63,33 +64,25 @@ def compare(
 
     `models` maps names to modules; those of a sequence are named after their classes. `data` is anything that `predict`
     reads, with targets, or a mapping from task names to such data: a score for each task, and their mean. Every pass
-    over it must give the examples in one order. `bootstrap` is the number of resamples behind each interval. Costs are
-    measured on the first `cost_batch` examples of the first batch, on the device that holds the model or on `device`.
-    Where `parents` are named, every other model gets the paired difference to `best_parent`, by default the parent with
-    the best score on this same data. `cache` is the folder of frozen backbones' features, or None. Raises `UserError`,
-    with every problem in the arguments before a model is run.
+    over it must give the examples in one order. `views` maps a model's name to the same data as that model reads it (by
+    its own tokenizer, at its own image size), where it doesn't read `data` as it is. `bootstrap` is the number of
+    resamples behind each interval. Costs are measured on the first `cost_batch` examples of the first batch, on the
+    device that holds the model or on `device`. Where `parents` are named, every other model gets the paired difference to
+    `best_parent`, by default the parent with the best score on this same data. `cache` is the folder of frozen backbones'
+    features, or None. Raises `UserError`, with every problem in the arguments before a model is run.
     """
     named = _named(models)
-    tasks = _tasks(data)
+    tasks, own = _tasks(data), {name: _tasks(view) for name, view in (views or {}).items()}
     sizes = {"batch_size": batch_size, "cost_batch": cost_batch, "bootstrap": bootstrap}
     problems = _problems(named, tasks, sizes, confidence, parents, best_parent, device)
-    measure = _metric(metric, problems)
-    example = _first_examples(tasks, cost_batch)
+    how = _How(_metric(metric, problems + _view_problems(named, tasks, own)), batch_size, bootstrap, seed, device, cache)
+    examples = {name: _first_examples(view, cost_batch) for name, view in {"": tasks, **own}.items()}
     seen: dict[str, Tensor] = {}  # each task's targets, as the first model met them
-
-    def run(name: str, model: nn.Module) -> _Run:
-        scores, weights = {}, {}
-        with _on(model, device):
-            for number, (task, source) in enumerate(tasks.items()):
-                found = predict(model, source, batch_size=batch_size, device=device, cache=cache, progress=False)
-                with _naming(name, task if len(tasks) > 1 else ""):
-                    wanted = _same_targets(found, seen, task)
-                    scores[task] = resampled(measure, found.outputs, wanted, resamples=bootstrap, seed=seed + number)
-                if found.weights is not None:
-                    weights[task] = _by_class(found.weights.detach().cpu(), wanted, model, source)
-            return _Run(name, scores, weights, cost(model, example))
-
-    runs = [run(*item) for item in track(named.items(), "comparing", len(named), shown=progress)]
+    measure = how.metric
+    runs = [
+        _run(name, model, own.get(name, tasks), examples.get(name, examples[""]), how, seen)
+        for name, model in track(named.items(), "comparing", len(named), shown=progress)
+    ]
     reference = _reference(runs, parents, best_parent, measure)
     return Comparison(
         metric=measure.name,
@@ -103,6 +96,32 @@ def compare(
         chosen_here=reference is not None and best_parent is None,
         device=_described(device or device_of(next(iter(named.values())))),
     )
+
+
+@dataclass(frozen=True)
+class _How:
+    """What is the same for all models."""
+
+    metric: Metric
+    batch_size: int
+    bootstrap: int
+    seed: int
+    device: torch.device | str | None
+    cache: Path | str | None
+
+
+def _run(name: str, model: nn.Module, tasks: Mapping[str, Any], example: Any, how: _How, seen: dict[str, Tensor]) -> _Run:
+    """One model over all tasks, and what it costs on `example`."""
+    scores, weights = {}, {}
+    with _on(model, how.device):
+        for number, (task, source) in enumerate(tasks.items()):
+            found = predict(model, source, batch_size=how.batch_size, device=how.device, cache=how.cache, progress=False)
+            with _naming(name, task if len(tasks) > 1 else ""):
+                wanted = _same_targets(found, seen, task)
+                scores[task] = resampled(how.metric, found.outputs, wanted, resamples=how.bootstrap, seed=how.seed + number)
+            if found.weights is not None:
+                weights[task] = _by_class(found.weights.detach().cpu(), wanted, model, source)
+        return _Run(name, scores, weights, cost(model, example))
 
 
 def _named(models: Mapping[str, nn.Module] | Sequence[nn.Module]) -> dict[str, nn.Module]:
@@ -159,6 +178,18 @@ def _problems(
     except RuntimeError as error:
         problems.append(Problem("device", f"got {device!r}", str(error).splitlines()[0]))
     return problems
+
+
+def _view_problems(
+    models: Mapping[str, nn.Module], tasks: Mapping[str, Any], views: Mapping[str, Mapping[str, Any]]
+) -> list[Problem]:
+    """Views of models that there aren't, or of other tasks."""
+    problems = [Problem("views", f"no model is named {name!r}", nearest(name, models)) for name in views if name not in models]
+    return problems + [
+        Problem(f"views[{name!r}]", f"has the tasks {list(view)}", f"those of data: {list(tasks)}")
+        for name, view in views.items()
+        if list(view) != list(tasks)
+    ]
 
 
 def _metric(metric: AnyMetric, problems: list[Problem]) -> Metric:

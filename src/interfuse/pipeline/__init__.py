@@ -3,7 +3,7 @@
 Importing it loads no torch, so that a merge of files starts fast: `networks` is imported where networks are needed.
 """
 
-from interfuse.pipeline.finished import compare_runs as compare_runs
+from interfuse.pipeline.comparing import compare_runs as compare_runs
 from interfuse.pipeline.finished import load_run as load_run
 from interfuse.pipeline.record import RunRecord as RunRecord
 from interfuse.pipeline.steps import check as check

@@ -42,6 +42,7 @@ class Result:
     training: dict[str, Any] | None = None
     test: dict[str, Any] | None = None
     hashes: dict[str, str] = field(default_factory=dict)
+    classes: tuple[str, ...] | None = None
 
 
 def run_networks(recipe: Recipe, folder: Path, *, trust_code: bool, device: str | None, progress: bool) -> Result:
@@ -50,7 +51,7 @@ def run_networks(recipe: Recipe, folder: Path, *, trust_code: bool, device: str 
     networks = load_networks(recipe, trust_code=trust_code)
     hashes = {name: open_checkpoint(network).hash() for name, network in networks.items()}
     sets = load_sets(recipe, trust_code=trust_code)
-    result = Result(assemble(recipe, networks, sets.get("train")), hashes=hashes)
+    result = Result(assemble(recipe, networks, sets.get("train")), hashes=hashes, classes=_classes(sets))
     if "train" in sets and recipe.form in ("fusion", "single"):
         result.training = train(recipe, result.model, sets, place, progress=progress)
     if "test" in sets:
@@ -69,7 +70,12 @@ def evaluate_merged(recipe: Recipe, folder: Path, *, trust_code: bool, device: s
     place = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_model(str(folder), trust_code=trust_code)
     sets = load_sets(recipe, trust_code=trust_code)
-    return Result(model, test=evaluate(recipe, model, sets["test"], place, progress=progress) if "test" in sets else None)
+    found = evaluate(recipe, model, sets["test"], place, progress=progress) if "test" in sets else None
+    return Result(model, test=found, classes=_classes(sets))
+
+
+def _classes(sets: Mapping[str, Data]) -> tuple[str, ...] | None:
+    return next(iter(sets.values())).classes if sets else None
 
 
 @contextmanager

@@ -30,6 +30,7 @@ class RunRecord:
     out: the folder, None in a dry run. form: fusion, ensemble, merge or single; method: its name, "" for one model alone.
     plan: what was, or would be, done, as text. inputs: models and data sets with SHA-256 hashes, where they have one.
     training: `FitRecord` as a dict. test: metric, value, low and high (95% bootstrap interval), examples.
+    classes: the names of the classes, in the order of the outputs; None for numbers. notes: what was resolved on the way.
     """
 
     out: Path | None
@@ -41,6 +42,8 @@ class RunRecord:
     inputs: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] | None = None
     test: dict[str, Any] | None = None
+    classes: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
     papers: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -56,7 +59,7 @@ class RunRecord:
         if self.out is None:
             return f"{self.plan}\nnothing was written (dry run)"
         lines = [f"{self.out}: {self.title()}, in {self.seconds:.1f} s"]
-        return "\n".join([*lines, *self.scores()])
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes), *self.scores()])
 
     def title(self) -> str:
         """`attention fusion of cnn and vit`."""

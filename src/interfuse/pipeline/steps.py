@@ -12,16 +12,16 @@ from interfuse.checkpoints.source import Checkpoint, open_checkpoint
 from interfuse.checkpoints.writer import whole_folder
 from interfuse.engine.merge import merge
 from interfuse.errors import CheckpointError, OptionError, Problem, UserError, nearest
-from interfuse.pipeline.finished import description, is_saved
+from interfuse.pipeline.finished import code_of, description, is_saved
 from interfuse.pipeline.record import RunRecord, hash_source, versions, write
 from interfuse.plan import FLOATS, plan_merge
 from interfuse.recipe import Recipe, check_recipe
-from interfuse.recipe.check import experts_of, method_of, names_of, options_of, weights_of
+from interfuse.recipe.check import TRUST, experts_of, method_of, names_of, options_of, weights_of
 
 
 def check(recipe: str | Path | Mapping[str, Any] | Recipe, *, trust_code: bool = False) -> Recipe:
     """The recipe, ready to run; `RecipeError` with everything that can be found wrong without loading a model or data."""
-    return check_recipe(recipe, trust_code=trust_code, also=_further)
+    return check_recipe(recipe, trust_code=trust_code, also=lambda read: _further(read, trust_code))
 
 
 def run(
@@ -77,6 +77,8 @@ def run(
             inputs=_hashed(checked, found.hashes if found else {}, description(folder)),
             training=found.training if found else None,
             test=found.test if found else None,
+            classes=found.classes if found else None,
+            notes=tuple(description(folder).get("notes", ())),
             versions=versions(),
             seconds=time.monotonic() - started,
         )
@@ -108,13 +110,15 @@ def merge_files(recipe: Recipe, folder: Path) -> None:
     )
 
 
-def _further(recipe: Recipe) -> list[Problem]:
-    """What the recipe's form doesn't show: names of types, metrics and losses, and merged files that are to be evaluated."""
+def _further(recipe: Recipe, trust_code: bool) -> list[Problem]:
+    """What the recipe's form doesn't show: names of types, metrics and losses; code in folders; merges to evaluate."""
     problems = [
         Problem(key, f"got {name!r}", nearest(name, FLOATS))
         for key, name in (("dtype", recipe.dtype), ("out_dtype", recipe.out_dtype))
         if name is not None and name.removeprefix("torch.") not in FLOATS
     ]
+    if not trust_code:
+        problems += _untrusted(recipe)
     named = recipe.training is not None and (recipe.training.metric or recipe.training.loss)
     if named or (recipe.evaluate is not None and recipe.evaluate.metric):
         from interfuse.pipeline.networks import names_problems
@@ -126,6 +130,16 @@ def _further(recipe: Recipe) -> list[Problem]:
             allowed = "name the code: model: python:module:function with weights: FILE"
             problems.append(Problem("data.test", f"{reference} has no network to evaluate the merge with", allowed))
     return problems
+
+
+def _untrusted(recipe: Recipe) -> list[Problem]:
+    """The folders whose networks are built by code."""
+    refs = [(f"models[{i}].model", entry.model) for i, entry in enumerate(recipe.models)]
+    refs += [] if recipe.base_model is None else [("base_model", recipe.base_model)]
+    found = [(path, ref, code_of(ref)) for path, ref in refs]
+    return [
+        Problem(path, f"{ref} is built by {', '.join(code)}, which runs code", TRUST) for path, ref, code in found if code
+    ]  # fmt: skip
 
 
 def _check_options(seed: int | None, threads: int | None, device: str | None) -> None:

@@ -21,6 +21,7 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _DATA_FILES = (".npz", ".csv", ".csv.gz")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?([:@][\w.\[\]%-]+)?")
 _REMOVE = "remove the key"
+TRUST = "read it, then allow it with --trust-code (trust_code=True)"
 
 
 def names_of(recipe: Recipe) -> list[str]:
@@ -223,13 +224,16 @@ def run_problems(recipe: Recipe, *, trust_code: bool) -> list[Problem]:
 def _sources(recipe: Recipe, trust_code: bool) -> Iterator[Problem]:
     for key in ("train", "validation", "test"):
         ref = getattr(recipe.data, key) if recipe.data else None
-        path = f"data.{key}"
-        if not isinstance(ref, str):
-            continue
-        if ref.startswith("python:"):
-            yield from _code(ref, path, trust_code)
-        elif _absent(ref, _DATA_FILES) and not Path(ref.rpartition(":")[0] or ref).exists():
-            yield Problem(path, f"{ref} doesn't exist", "give a file, a folder, a hub id, or python:module:function")
+        if isinstance(ref, str):
+            yield from source_problems(ref, f"data.{key}", trust_code)
+
+
+def source_problems(ref: str, path: str, trust_code: bool) -> Iterator[Problem]:
+    """What can be seen to be wrong with one data source: it isn't there, or runs code that isn't trusted."""
+    if ref.startswith("python:"):
+        yield from _code(ref, path, trust_code)
+    elif _absent(ref, _DATA_FILES) and not Path(ref.rpartition(":")[0] or ref).exists():
+        yield Problem(path, f"{ref} doesn't exist", "give a file, a folder, a hub id, or python:module:function")
 
 
 def _models(recipe: Recipe, trust_code: bool) -> Iterator[Problem]:
@@ -243,7 +247,8 @@ def _models(recipe: Recipe, trust_code: bool) -> Iterator[Problem]:
             allowed = "name the code that builds it, python:module:function, and give this file as `weights`"
             yield Problem(path, f"{ref} is a file of weights without its network", allowed)
         elif _absent(ref, _WEIGHT_FILES):
-            yield Problem(path, f"{ref} doesn't exist", "give a folder, a hub id, or python:module:function")
+            file = "a file of weights, " if recipe.form == "merge" else ""
+            yield Problem(path, f"{ref} doesn't exist", f"give a folder, {file}a hub id, or python:module:function")
     for i, entry in enumerate(recipe.models):
         if entry.weights is not None and not Path(entry.weights).exists():
             yield Problem(f"models[{i}].weights", f"{entry.weights} doesn't exist", "give a file or folder of weights")
@@ -259,4 +264,4 @@ def _code(ref: str, path: str, trust_code: bool) -> Iterator[Problem]:
     if not re.fullmatch(r"python:[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", ref):
         yield Problem(path, f"got {ref!r}", "python:package.module:function")
     elif not trust_code:
-        yield Problem(path, f"{ref} runs code", "read it, then allow it with --trust-code (trust_code=True)")
+        yield Problem(path, f"{ref} runs code", TRUST)
