@@ -238,9 +238,9 @@ def _names(reference: Checkpoint, checkpoint: Checkpoint) -> tuple[dict[str, str
 def _moved(theirs: str, ours: str) -> str:
     if not ours:
         return f"the prefix {theirs!r} of its names is left out"
-    return (
-        f"the prefix {theirs!r} of its names is read as {ours!r}" if theirs else f"its names are read with the prefix {ours!r}"
-    )
+    if not theirs:
+        return f"its names are read with the prefix {ours!r}"
+    return f"the prefix {theirs!r} of its names is read as {ours!r}"
 
 
 def _prefixes(reference: Mapping[str, TensorSpec], names: Mapping[str, TensorSpec]) -> list[tuple[str, str]]:
