@@ -102,7 +102,8 @@ def cached(model: nn.Module, data: Iterable[Any], folder: Path, *, progress: boo
         return reason
     assert isinstance(model, ModelFusion)
     try:
-        return _cached(model, data, folder, progress)
+        with torch.random.fork_rng(devices=[]):  # a loader draws from them each time it's gone through
+            return _cached(model, data, folder, progress)
     except _Uncachable as found:
         return str(found)
     except OSError as error:
