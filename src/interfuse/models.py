@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from interfuse.checkpoints.source import open_checkpoint
 from interfuse.checkpoints.tensors import to_tensor
@@ -25,13 +25,16 @@ from interfuse.extras import require
 CODE = "python:"
 
 
-def load_model(ref: str, *, weights: str | Path | None = None, trust_code: bool = False) -> nn.Module:
+def load_model(ref: str, *, weights: str | Path | None = None, trust_code: bool = False, exactly: bool = False) -> nn.Module:
     """The network that `ref` names, in evaluation mode.
 
     ref: a folder with a Transformers `config.json`, a hub id (`name/model` or `name/model@revision`), or
         `python:package.module:function`, a function without arguments that returns an `nn.Module`; this runs code, and
         needs `trust_code`.
     weights: a file or folder of tensors to fill the network with; names and shapes must match exactly.
+    exactly: keep the tensors' types as they're stored, half precision too; else they become float32.
+
+    Raises `ModelError` for a reference that gives no network, `CheckpointError` for weights that don't fit.
     """
     if ref.startswith(CODE):
         made = call_reference(ref, trust_code=trust_code)
@@ -39,9 +42,9 @@ def load_model(ref: str, *, weights: str | Path | None = None, trust_code: bool 
             raise ModelError(Problem(ref, f"returned {type(made).__name__}", "a function that returns a torch.nn.Module"))
         network = made
     else:
-        network = _from_transformers(ref)
+        network = _from_transformers(ref, exactly)
     if weights is not None:
-        fill(network, weights)
+        fill(network, weights, exactly=exactly)
     return network.eval()
 
 
@@ -91,7 +94,7 @@ def _split(ref: str) -> tuple[str, dict[str, str]]:
     return name, {"revision": revision} if revision else {}
 
 
-def _from_transformers(ref: str) -> nn.Module:
+def _from_transformers(ref: str, exactly: bool) -> nn.Module:
     path, (name, revision) = Path(ref), _split(ref)
     if path.is_file():
         allowed = "name the code that builds the network, python:package.module:function, and give this file as `weights`"
@@ -106,28 +109,56 @@ def _from_transformers(ref: str) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(name, **revision)
         architecture = (getattr(config, "architectures", None) or [""])[0]
         kind = getattr(transformers, architecture, None) or transformers.AutoModel
-        network: nn.Module = kind.from_pretrained(name, dtype=torch.float32, **revision)
+        dtype = "auto" if exactly else torch.float32
+        network, report = kind.from_pretrained(name, dtype=dtype, output_loading_info=True, **revision)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         allowed = "a folder or hub id that Transformers can load (is the hub reachable?)"
         raise ModelError(Problem(ref, str(error).partition("\n")[0], allowed)) from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # Transformers would leave them at random values
+        raise ModelError(*(Problem(f"{ref}: {key}", "missing", f"the {kind.__name__} needs it") for key in missing))
     return network
 
 
-def fill(network: nn.Module, weights: str | Path) -> None:
-    """Copy the tensors of a checkpoint into `network`; every name and shape must match, or nothing is copied."""
+def fill(network: nn.Module, weights: str | Path, *, exactly: bool = False) -> None:
+    """Copy the tensors of a checkpoint into `network`; every name and shape must match, or nothing is copied.
+
+    Of tensors that are tied in the network one is enough. exactly: the network takes on the tensors' types, too.
+    """
     checkpoint = open_checkpoint(weights)
-    problems = []
     state = network.state_dict()
+    there = {place(tensor) for name, tensor in state.items() if name in checkpoint.specs}
+    problems = []
     for name, tensor in state.items():
         if name not in checkpoint.specs:
-            problems.append(Problem(f"{weights}: {name}", "missing", f"the network needs it, shape {tuple(tensor.shape)}"))
-        elif tuple(checkpoint.specs[name].shape) != tuple(tensor.shape):
-            problems.append(
-                Problem(f"{weights}: {name}", f"shape {tuple(checkpoint.specs[name].shape)}", f"{tuple(tensor.shape)}")
-            )
-    problems += [Problem(f"{weights}: {name}", "not in the network", "") for name in checkpoint.specs if name not in state]
+            if place(tensor) not in there:
+                problems.append(Problem(f"{weights}: {name}", "missing", f"the network needs it, shape {tuple(tensor.shape)}"))
+        elif checkpoint.specs[name].shape != tuple(tensor.shape):
+            problems.append(Problem(f"{weights}: {name}", f"shape {checkpoint.specs[name].shape}", f"{tuple(tensor.shape)}"))
+    allowed = "give the network that these weights are of"
+    problems += [Problem(f"{weights}: {name}", "not in the network", allowed) for name in checkpoint.specs if name not in state]
     if problems:
         raise CheckpointError(*problems)
-    with torch.no_grad():
-        for name, tensor in state.items():
-            tensor.copy_(to_tensor(checkpoint.read(name), checkpoint.specs[name].dtype))
+    for name, tensor in state.items():
+        if name in checkpoint.specs:
+            value = to_tensor(checkpoint.read(name).copy(), checkpoint.specs[name].dtype)
+            put(network, name, value if exactly else value.to(tensor.dtype))
+
+
+def place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies: the same for tensors that are tied."""
+    start = tensor.data_ptr() if tensor.numel() else id(tensor)  # what is empty lies nowhere
+    return tensor.device, start, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def put(network: nn.Module, name: str, value: Tensor) -> None:
+    """Set a parameter or buffer to `value`, bit for bit; its object stays, and so does what is tied to it."""
+    path, _, key = name.rpartition(".")
+    module = network.get_submodule(path)
+    target = module._parameters.get(key) if key in module._parameters else module._buffers[key]
+    assert target is not None
+    if target.dtype == value.dtype:
+        with torch.no_grad():
+            target.copy_(value)
+    else:
+        target.data = value.to(target.device)

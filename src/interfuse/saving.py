@@ -1,8 +1,9 @@
 """`save` and `load`: a folder with `model.safetensors` and `interfuse.json`, and no pickle.
 
 What was fused or trained here is always saved by value. Member networks that were loaded from a path or hub id are saved
-by reference, with a hash of their weights, unless they were trained or it is asked otherwise; networks that came as Python
-objects are saved by value, without their code. A Transformers network alone is saved as Transformers does.
+by reference, with a hash of their weights, as long as the reference still gives these weights; they are saved by value where
+they were trained, or where it is asked. Networks that came as Python objects are saved by value, without their code. A
+Transformers network alone is saved as Transformers does.
 """
 
 from __future__ import annotations
@@ -14,20 +15,72 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
+from typing_extensions import NotRequired, TypedDict
 
 from interfuse.checkpoints.source import Checkpoint, open_checkpoint
 from interfuse.checkpoints.tensors import spec_of, to_array, to_tensor
 from interfuse.checkpoints.writer import TensorWriter, whole_folder
 from interfuse.errors import CheckpointError, ModelError, OptionError, Problem, UserError, nearest
-from interfuse.models import CODE, load_model
+from interfuse.models import CODE, fill, load_model, place, put
 from interfuse.modules.ensemble import Ensemble
 from interfuse.modules.fused import ModelFusion
 from interfuse.modules.taps import Tap
+from interfuse.registry import problems_of
 
 FORMAT = 1
 DESCRIPTION = "interfuse.json"
 TENSORS = "model.safetensors"
+
+
+class _Member(TypedDict):
+    """What the description says of each member of a fusion or ensemble."""
+
+    name: str
+    reference: str | None
+    stored: bool
+    sha256: NotRequired[str]
+
+
+class _Tap(TypedDict):
+    path: str
+    side: Literal["input", "output"]
+    calls: int
+
+
+class _Network(TypedDict):
+    """What it says of any network: tensor -> the tensor that holds its values, for those that are tied."""
+
+    shared: dict[str, str]
+
+
+class _Ensemble(_Network):
+    members: list[_Member]
+    combine: Literal["probabilities", "logits"]
+
+
+class _Fusion(_Network):
+    members: list[_Member]
+    fusion: str
+    options: dict[str, Any]
+    dim: int
+    head: int | str | None
+    pool: Literal["mean", "none"]
+    residual: bool
+    freeze: list[bool]
+    taps: list[_Tap]
+    widths: list[int]
+    parents: list[bool]
+
+
+_KINDS: dict[str, Any] = {
+    "fusion": _Fusion,
+    "ensemble": _Ensemble,
+    "network": _Network,
+    "weights": dict[str, Any],
+    "merge": dict[str, Any],
+}
 
 
 def save(
@@ -38,7 +91,8 @@ def save(
     backbones: "value" also stores the weights of frozen networks that were loaded from a path or hub id.
     Raises `CheckpointError` where the folder exists and isn't to be overwritten.
     """
-    with whole_folder(folder, overwrite=overwrite) as part:
+    references = [ref for ref in getattr(model, "references", ()) if ref is not None and backbones == "reference"]
+    with whole_folder(folder, overwrite=overwrite, inputs=[ref for ref in references if Path(ref).exists()]) as part:
         write_model(model, part, backbones=backbones)
     return Path(folder)
 
@@ -54,15 +108,25 @@ def write_model(model: nn.Module, folder: Path, *, backbones: Literal["reference
     description = _describe(model)
     by_reference = []
     for k, member in enumerate(description.get("members", [])):
-        if member["reference"] is not None and backbones == "reference" and not member["trained"]:
-            member["stored"] = False
-            member["sha256"] = open_checkpoint(model.backbones[k]).hash()  # type: ignore[index, arg-type]
+        network: nn.Module = model.backbones[k]  # type: ignore[index, assignment]
+        if backbones == "reference" and _can_be_had_again(network, member["reference"]):
+            member |= {"stored": False, "sha256": open_checkpoint(network).hash()}
             by_reference.append(f"backbones.{k}.")
     tensors, description["shared"] = _distinct(model, tuple(by_reference))
     with TensorWriter(folder / TENSORS, {name: spec_of(t) for name, t in tensors.items()}, {"format": "pt"}) as writer:
         for name, tensor in tensors.items():
             writer.append(name, to_array(tensor))
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _can_be_had_again(network: nn.Module, reference: str | None) -> bool:
+    """Whether the reference gives, bit for bit, the weights that the network has now. Code is never called to find out."""
+    if reference is None or reference.startswith(CODE):
+        return False
+    try:
+        return open_checkpoint(load_model(reference)).hash() == open_checkpoint(network).hash()
+    except UserError:
+        return False
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
@@ -93,10 +157,9 @@ def _describe(model: nn.Module) -> dict[str, Any]:
 
 
 def _members(model: ModelFusion | Ensemble) -> list[dict[str, Any]]:
-    frozen = model.freeze if isinstance(model, ModelFusion) else [True] * len(model.names)
     return [
-        {"name": name, "class": _class(network), "reference": _whole(reference), "trained": not kept, "stored": True}
-        for name, network, reference, kept in zip(model.names, model.backbones, model.references, frozen, strict=True)
+        {"name": name, "class": _class(network), "reference": _whole(reference), "stored": True}
+        for name, network, reference in zip(model.names, model.backbones, model.references, strict=True)
     ]
 
 
@@ -115,17 +178,17 @@ def _distinct(model: nn.Module, left_out: tuple[str, ...]) -> tuple[dict[str, Te
     """The state's tensors, each stored once, and name -> name for those that share another's memory."""
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
-    seen: dict[tuple[Any, ...], str] = {}
+    seen: dict[Any, str] = {}
     for name, tensor in model.state_dict().items():
         if name.startswith(left_out):
             continue
         if not isinstance(tensor, Tensor):
             raise ModelError(Problem(name, f"its state is a {type(tensor).__name__}", "a state of tensors only"))
-        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)
-        if tensor.numel() and place in seen:
-            shared[name] = seen[place]
+        at = place(tensor)
+        if at in seen:
+            shared[name] = seen[at]
         else:
-            seen[place] = name
+            seen[at] = name
             tensors[name] = tensor
     return tensors, shared
 
@@ -146,20 +209,12 @@ def load(
 
     Raises `CheckpointError` or `ModelError` naming every network that is missing or doesn't fit.
     """
-    path = Path(folder) / DESCRIPTION
-    if not path.exists():
-        return load_model(str(folder), trust_code=trust_code)
-    about = _description(path)
-    if about["kind"] in ("weights", "merge"):
-        return load_model(str(folder), trust_code=trust_code)
+    if not Path(folder).is_dir():
+        raise CheckpointError(Problem(str(folder), "no such folder", "one that save, merge or run wrote"))
+    about = _description(Path(folder) / DESCRIPTION)
+    if about["kind"] in ("weights", "merge", "network"):
+        return _single(Path(folder), about, models)
     checkpoint = open_checkpoint(Path(folder) / TENSORS)
-    if about["kind"] == "network":
-        if not isinstance(models, nn.Module):
-            raise ModelError(
-                Problem("models", f"{folder} holds the weights of a {about['class']}", "give such a network to fill")
-            )
-        _fill(models, checkpoint, about.get("shared", {}))
-        return models.eval()
     members = _given(about["members"], models, trust_code)
     model: ModelFusion | Ensemble
     if about["kind"] == "ensemble":
@@ -167,21 +222,41 @@ def load(
     else:
         model = _fusion(about, members, head)
     model.references = tuple(member["reference"] for member in about["members"])
-    _fill(model, checkpoint, about.get("shared", {}), about["members"])
+    _fill(model, checkpoint, about["shared"], about["members"])
     return model.eval()
 
 
 def _description(path: Path) -> dict[str, Any]:
+    """What a folder's description says; a folder without one holds the weights of one network."""
+    if not path.exists():
+        return {"kind": "weights"}
     try:
-        about = json.loads(path.read_text())
+        about = json.loads(path.read_text(encoding="utf-8"))
         kind, version = about["kind"], about.get("format", FORMAT)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(Problem(str(path), f"can't be read: {error}", "a file that interfuse wrote")) from error
-    if kind not in ("fusion", "ensemble", "network", "weights", "merge") or version != FORMAT:
-        raise CheckpointError(
-            Problem(str(path), f"holds a {kind!r} in format {version}", f"a newer interfuse; this reads {FORMAT}")
-        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(Problem(str(path), f"can't be read: {error!r}", "a file that interfuse wrote")) from None
+    if kind not in _KINDS or version != FORMAT:
+        wrong = f"holds a {kind!r} in format {version}"
+        raise CheckpointError(Problem(str(path), wrong, f"a newer interfuse; this one reads format {FORMAT}"))
+    try:
+        TypeAdapter(_KINDS[kind]).validate_python(about, strict=True)
+    except ValidationError as error:
+        raise CheckpointError(*problems_of(error, str(path), list(about))) from None
     return about
+
+
+def _single(folder: Path, about: dict[str, Any], models: Any) -> nn.Module:
+    """The one network that a folder holds: the one given, filled, or the one that its config describes."""
+    if isinstance(models, nn.Module):
+        if about["kind"] == "network":
+            _fill(models, open_checkpoint(folder / TENSORS), about["shared"])
+        else:
+            fill(models, folder, exactly=True)
+        return models.eval()
+    if about["kind"] == "network" or not (folder / "config.json").exists():
+        wrong = f"{folder} holds the weights of {about.get('class', 'a network')}, without its code"
+        raise ModelError(Problem("models", wrong, "give such a network to fill"))
+    return load_model(str(folder), exactly=True)
 
 
 def _given(members: list[dict[str, Any]], models: Any, trust_code: bool) -> dict[str, nn.Module]:
@@ -208,7 +283,11 @@ def _given(members: list[dict[str, Any]], models: Any, trust_code: bool) -> dict
                 found[name] = load_model(reference, trust_code=trust_code)
             elif models is None or isinstance(models, Mapping):
                 problems.append(
-                    Problem(f"models[{name!r}]", "missing", f"it was saved without its code: give a {member['class']}")
+                    Problem(
+                        f"models[{name!r}]",
+                        "missing",
+                        f"it was saved without its code: give a {member.get('class', 'network')}",
+                    )
                 )
         except UserError as error:
             problems += [Problem(f"models[{name!r}]", str(problem)) for problem in error.problems]
@@ -239,8 +318,11 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, shared: Mapping[str, str], m
     """Put the stored tensors into the model, after finding every one that is missing or doesn't fit."""
     outside = tuple(f"backbones.{k}." for k, member in enumerate(members) if not member["stored"])
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(outside)}
-    stored = {**checkpoint.specs, **{alias: checkpoint.specs[name] for alias, name in shared.items()}}
-    problems = _changed(model, members)
+    stored = {
+        **checkpoint.specs,
+        **{alias: checkpoint.specs[name] for alias, name in shared.items() if name in checkpoint.specs},
+    }
+    problems = _changed(model, members) + _torn(state, checkpoint, shared, members)
     for name in dict.fromkeys([*state, *stored]):
         if name not in stored:
             problems.append(Problem(_label(name, members), "wasn't saved", "give the network that was"))
@@ -251,9 +333,25 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, shared: Mapping[str, str], m
             problems.append(Problem(_label(name, members), wrong, f"saved was {tuple(stored[name].shape)}"))
     if problems:
         raise CheckpointError(*problems)
-    with torch.no_grad():
-        for name in state:
-            _put(model, name, to_tensor(checkpoint.read(shared.get(name, name)).copy(), stored[name].dtype))
+    for name in state:
+        put(model, name, to_tensor(checkpoint.read(shared.get(name, name)).copy(), stored[name].dtype))
+
+
+def _torn(
+    state: Mapping[str, Tensor], checkpoint: Checkpoint, shared: Mapping[str, str], members: Sequence[dict[str, Any]]
+) -> list[Problem]:
+    """Tensors that are one in the network given, but were saved with values of their own (a network given twice)."""
+    first: dict[Any, str] = {}
+    problems = []
+    for name, tensor in state.items():
+        held, source = first.setdefault(place(tensor), name), shared.get(name, name)
+        other = shared.get(held, held)
+        if source == other or not {source, other} <= checkpoint.specs.keys():
+            continue
+        if checkpoint.read(source).tobytes() != checkpoint.read(other).tobytes():
+            wrong = f"is the same tensor as {_label(held, members)}, and was saved with other values"
+            problems.append(Problem(_label(name, members), wrong, "give each member a network of its own"))
+    return problems
 
 
 def _changed(model: nn.Module, members: Sequence[dict[str, Any]]) -> list[Problem]:
@@ -273,15 +371,3 @@ def _label(name: str, members: Sequence[dict[str, Any]]) -> str:
         if name.startswith(f"backbones.{k}."):
             return f"models[{member['name']!r}].{name.removeprefix(f'backbones.{k}.')}"
     return name
-
-
-def _put(model: nn.Module, name: str, value: Tensor) -> None:
-    """Set a parameter or buffer to `value`, bit for bit; its object stays, and so does what is tied to it."""
-    path, _, key = name.rpartition(".")
-    module = model.get_submodule(path)
-    target = module._parameters.get(key) if key in module._parameters else module._buffers[key]
-    assert target is not None
-    if target.dtype == value.dtype:
-        target.copy_(value)
-    else:
-        target.data = value.to(target.device)
