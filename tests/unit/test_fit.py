@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -515,3 +516,17 @@ def test_two_processes_train_together(strategy: str, cache: bool, tmp_path: Path
     assert found["history"][-1]["train_loss"] < found["history"][1]["train_loss"]
     assert found["best"]["validation_loss"] < found["history"][0]["validation_loss"]
     assert found["loss"] == pytest.approx(found["best"]["validation_loss"], rel=0.05)  # 63 rows over two: one counts twice
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_reaches_the_caller_who_can_press_it_again(number: int) -> None:
+    class Pressed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                os.kill(os.getpid(), number)
+            return super().forward(x)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Pressed(2, 2), (torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)), epochs=3, progress=False)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -317,7 +317,7 @@ def _run(
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import Checkpoint
 
-    from interfuse.training.loop import Epochs, KeepBest
+    from interfuse.training.loop import Epochs, KeepBest, interruptible
 
     with tempfile.TemporaryDirectory() as folder, _without_advice():
         keeper = KeepBest(loop.model, loop.metric, start, patience, Path(folder) / "handover.pt")
@@ -340,7 +340,8 @@ def _run(
         )
         _prepare(loop.model)
         try:
-            runner.fit(loop, train, validation, ckpt_path=None if resume is None else str(resume))
+            with interruptible():
+                runner.fit(loop, train, validation, ckpt_path=None if resume is None else str(resume))
         except BaseException:
             keeper.put_back()
             raise

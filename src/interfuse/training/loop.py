@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +225,17 @@ class EpochProgress(lightning.Callback):
         """Close the line, however the run ended."""
         if stage == "fit" and hasattr(self, "bar"):
             self.bar.stop()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl+C and SIGTERM raise `KeyboardInterrupt`: Lightning would end the process, and ignore Ctrl+C from then on."""
+    here = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if here else None
+    try:
+        yield
+    except SystemExit as ended:
+        raise KeyboardInterrupt from ended
+    finally:
+        if here and handler is not None:
+            signal.signal(signal.SIGINT, handler)
