@@ -66,7 +66,10 @@ def check_heads(dim: int, heads: int) -> None:
 
 
 def project(each: nn.ModuleList, features: Features, present: Present) -> tuple[list[Tensor], list[Tensor]]:
-    """Every model's h_k (batch, dim) or (batch, tokens, dim), and booleans of the same shape less dim: is it there?"""
+    """Every model's h_k (batch, dim) or (batch, tokens, dim), and booleans of the same shape less dim: is it there?
+
+    What isn't there is read as zeros, so that it may hold anything, NaN too.
+    """
     if len(features) != len(each):
         raise ModelError(
             Problem(
@@ -78,6 +81,8 @@ def project(each: nn.ModuleList, features: Features, present: Present) -> tuple[
     some = next((f for f in features if f is not None), None)
     if some is None:
         raise ModelError(Problem("features", "all models are missing", "give the features of at least one"))
+    if present is not None and len(present) != len(each):
+        raise ModelError(Problem("present", f"{len(present)} given for {len(each)} models", "give one entry a model"))
     parts, there = [], []
     branch: Any
     for k, (branch, feature) in enumerate(zip(each, features, strict=True)):
@@ -85,16 +90,24 @@ def project(each: nn.ModuleList, features: Features, present: Present) -> tuple[
             feature = some.new_zeros(*some.shape[:-1], branch.width)
             mask = torch.zeros(some.shape[:-1], dtype=torch.bool, device=some.device)
         else:
-            if feature.shape[-1] != branch.width or feature.ndim not in (2, 3):
-                allowed = f"(batch, {branch.width}) or (batch, tokens, {branch.width})"
+            if feature.ndim not in (2, 3) or feature.shape[-1] != branch.width or feature.shape[0] != some.shape[0]:
+                allowed = f"(batch, {branch.width}) or (batch, tokens, {branch.width}), the same batch for all"
                 raise ModelError(Problem(f"features[{k}]", f"got shape {tuple(feature.shape)}", allowed))
             mask = torch.ones(feature.shape[:-1], dtype=torch.bool, device=feature.device)
             entry = None if present is None else present[k]
             if entry is not None:
-                mask = mask & (entry if entry.ndim == mask.ndim else entry.view(-1, *[1] * (mask.ndim - 1)))
+                mask = mask & _like(mask, entry, k)
+                feature = feature.masked_fill(~mask.unsqueeze(-1), 0.0)
         parts.append(branch(feature, mask))
         there.append(mask)
     return parts, there
+
+
+def _like(mask: Tensor, entry: Tensor, k: int) -> Tensor:
+    if not 1 <= entry.ndim <= mask.ndim or entry.shape != mask.shape[: entry.ndim]:
+        allowed = f"booleans {tuple(mask.shape[:1])}" + (f" or {tuple(mask.shape)}" if mask.ndim > 1 else "")
+        raise ModelError(Problem(f"present[{k}]", f"got shape {tuple(entry.shape)}", allowed))
+    return entry.to(mask.device).bool().reshape(*entry.shape, *[1] * (mask.ndim - entry.ndim))
 
 
 def by_token(fuse: Callable[[Tensor, Tensor], Fused], parts: Sequence[Tensor], there: Sequence[Tensor]) -> Fused:

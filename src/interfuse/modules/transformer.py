@@ -39,7 +39,7 @@ class Transformer(nn.Module):
         """See `branches`: -> (batch, dim), (batch, models)."""
         h, mask, owner = in_one_row(*project(self.branches, features, present))
         away = ~mask & mask.any(dim=1, keepdim=True)  # where nothing is there, the learned tokens are read
-        row = torch.cat([self.cls.to(h.dtype).expand(len(h), 1, -1), h], dim=1)
+        row = torch.cat([self.cls.to(h.dtype).expand(h.shape[0], 1, -1), h], dim=1)
         row = self.encoder(row, src_key_padding_mask=nn.functional.pad(away, (1, 0)))
         z, alpha = self.reader(row[:, :1], row[:, 1:], row[:, 1:], key_padding_mask=away)
         return (row[:, :1] + z).squeeze(1), (alpha.squeeze(1) * mask) @ owner
