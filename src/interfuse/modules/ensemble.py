@@ -29,7 +29,7 @@ class Ensemble(Composite):
 
     `combine="logits"` averages the outputs as they are, as regression needs. Inputs are as for `ModelFusion`; a model whose
     inputs are None is left out of the mean. Networks are copied unless `copy=False`.
-    Raises `ModelError` where the predictions' shapes differ.
+    Raises `ModelError` where the predictions' shapes differ, or where probabilities are asked of what isn't (batch, classes).
     """
 
     def __init__(
@@ -59,4 +59,7 @@ class Ensemble(Composite):
         stacked = torch.stack(list(outputs.values()))
         if self.combine == "logits":
             return stacked.mean(dim=0)
+        if stacked.ndim != 3 or stacked.shape[-1] < 2:
+            wrong = f"got {self.combine!r} for predictions {tuple(stacked.shape[1:])}"
+            raise ModelError(Problem("combine", wrong, "networks that give (batch, 2 or more classes), or combine='logits'"))
         return stacked.log_softmax(dim=-1).logsumexp(dim=0) - torch.tensor(float(len(stacked))).log().to(stacked)

@@ -87,12 +87,15 @@ class ModelFusion(Composite):
         self.widths: tuple[int, ...] = ()
         self.parents: tuple[bool, ...] = ()
         self.register_buffer("mix", torch.ones(len(self.names)))
-        for backbone, frozen in zip(self.backbones, self.freeze, strict=True):
-            if frozen:
-                backbone.requires_grad_(False)
+        self._hold()
         self.train(self.training)
         if example is not None:
             self.build(example)
+
+    def _hold(self) -> None:
+        for backbone, frozen in zip(self.backbones, self.freeze, strict=True):
+            if frozen:
+                backbone.requires_grad_(False)
 
     @property
     def built(self) -> bool:
@@ -121,6 +124,8 @@ class ModelFusion(Composite):
             raise ModelError(*missing)
         taps, seen, outputs = [], [], []
         for name, backbone, path, x in zip(self.names, self.backbones, self.asked_taps, own, strict=True):
+            if isinstance(backbone, ModelFusion):
+                backbone.build(x)
             taps.append(find_tap(backbone, x, path, name))
             with quiet(backbone):
                 value, output = read(backbone, taps[-1], x, output=True, name=name)
@@ -128,18 +133,20 @@ class ModelFusion(Composite):
             outputs.append(_width(output))
         self.make(taps, [int(f.shape[-1]) for f in seen], outputs)
         self.to(seen[0].device)
+        self._hold()  # a network may have made its parameters in the dry run
         return self
 
+    @torch.inference_mode(False)  # parameters that are made in inference mode could never be trained
     def make(self, taps: Sequence[Tap], widths: Sequence[int], outputs: Sequence[int | None]) -> None:
         """Make the fusion's own parameters for networks with these taps, widths and numbers of classes."""
-        self.taps, self.widths = tuple(taps), tuple(widths)
         step = math.lcm(8, int(self.options.get("heads", 1)))
-        self.dim = self.dim or -(-min(max(widths), DEFAULT_DIM) // step) * step
-        self.fusion = find(self.kind, "features").make(widths, self.dim, **self.options)
+        dim = self.dim or -(-min(max(widths), DEFAULT_DIM) // step) * step
+        fusion = find(self.kind, "features").make(widths, dim, **self.options)
+        if self.classes is None and self.head is not None:
+            _try_head(self.head, dim)
+        self.taps, self.widths, self.dim, self.fusion = tuple(taps), tuple(widths), dim, fusion
         if self.classes is not None:
-            self.head = nn.Linear(self.dim, self.classes)
-        elif self.head is not None:
-            _try_head(self.head, self.dim)
+            self.head = nn.Linear(dim, self.classes)
         self.parents = tuple(self.residual and self.classes is not None and output == self.classes for output in outputs)
         self.mix.copy_(torch.tensor(self.parents, dtype=torch.float) / max(1, sum(self.parents)))
         if any(self.parents) and isinstance(self.head, nn.Linear):  # step 0 is the parents
@@ -147,13 +154,15 @@ class ModelFusion(Composite):
             nn.init.zeros_(self.head.bias)
         reference = next((p for p in self.backbones.parameters() if p.is_floating_point()), None)
         if reference is not None:
-            self.fusion.to(reference.device)
+            fusion.to(reference.device)
             self.mix.data = self.mix.to(reference.device)
             if self.head is not None:
                 self.head.to(reference.device)
 
     def start_from(self, name: str) -> None:
         """Make step 0 equal to the network `name`, or to the mean of all parents with `"mean"`."""
+        if not self.built:
+            raise ModelError(Problem("start_from", f"{name!r} before taps are known", "give example=, or call build(inputs)"))
         allowed = [n for n, parent in zip(self.names, self.parents, strict=True) if parent]
         if name not in (*allowed, "mean"):
             raise ModelError(Problem("start_from", f"{name!r} has no logits for this head", nearest(name, [*allowed, "mean"])))
@@ -184,11 +193,11 @@ class ModelFusion(Composite):
     def fuse(self, readings: Sequence[Reading], return_weights: bool = False) -> Any:
         """`forward` from what was read of each network, so that frozen networks need to be read only once."""
         assert self.fusion is not None
-        dtype = next(self.fusion.parameters()).dtype
-        feats = [None if r.features is None else r.features.to(dtype) for r in readings]
+        like = next(self.fusion.parameters(), None)  # a fusion may have nothing to learn
+        feats = [r.features if r.features is None or like is None else r.features.to(like.dtype) for r in readings]
         z, weights = self.fusion(feats, [r.mask for r in readings])
         if z.ndim == 3:
-            z = _mean_over_tokens(z, [r.mask for r in readings])
+            z = _mean_over_tokens(z, [r.mask for r in readings if r.features is not None])
         result = z if self.head is None else self.head(z)
         if any(self.parents):
             result = result + self._residual(readings).to(result.dtype)
@@ -198,10 +207,12 @@ class ModelFusion(Composite):
         there = [k for k, r in enumerate(readings) if r.logits is not None]
         if not there:
             return torch.zeros((), device=self.mix.device)
-        share = self.mix[there].float()
+        logits = torch.stack([r.logits for r in readings if r.logits is not None])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float))  # half precision is too coarse to add in
+        share = self.mix[there].to(logits.dtype)
         share = torch.where(share.sum() > 0, share, torch.ones_like(share))  # the one we start from is missing: the others
-        logits = torch.stack([r.logits for r in readings if r.logits is not None]).float()
-        return ((share / share.sum()).view(-1, 1, 1) * logits).sum(dim=0)
+        share = (share / share.sum()).view(-1, 1, 1)
+        return torch.where(share > 0, share * logits, 0.0).sum(dim=0)  # those that have no share may be infinite
 
     def _features(self, backbone: nn.Module, tap: Tap, value: Any, inputs: Any, name: str) -> tuple[Tensor, Tensor | None]:
         return features(value, inputs, backbone.get_submodule(tap.path), pool=self.pool == "mean", name=name)
@@ -209,7 +220,7 @@ class ModelFusion(Composite):
 
 def _check(dim: Any, head: Any, pool: str) -> None:
     problems = []
-    if dim is not None and (not isinstance(dim, int) or dim < 1):
+    if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool) or dim < 1):
         problems.append(Problem("dim", f"got {dim!r}", "a whole number from 1 up, or None"))
     if not (
         head is None or isinstance(head, nn.Module) or (isinstance(head, int) and not isinstance(head, bool) and head >= 1)

@@ -8,7 +8,7 @@ This module doesn't pool features (`taps` does) or read data.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,25 +106,33 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     if isinstance(batch, Mapping):
         for key in TARGET_KEYS:
             if key in batch:
-                return {k: v for k, v in batch.items() if k != key}, torch.as_tensor(batch[key])
+                return {k: v for k, v in batch.items() if k != key}, _targets(batch[key])
         return batch, None
     if isinstance(batch, tuple | list) and len(batch) > 0:
         if len(batch) == 1:
             return batch[0], None
-        targets = batch[-1]
-        inputs = batch[0] if len(batch) == 2 else tuple(batch[:-1])
-        return inputs, None if targets is None else torch.as_tensor(targets)
+        return batch[0] if len(batch) == 2 else tuple(batch[:-1]), _targets(batch[-1])
     return batch, None
+
+
+def _targets(value: Any) -> Tensor | None:
+    return None if value is None else torch.as_tensor(value)
 
 
 def move(inputs: Any, device: torch.device | str) -> Any:
     """`inputs` with every tensor on `device`; the structure stays."""
+    return with_each(inputs, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def with_each(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
+    """`inputs` with `function` of each tensor in its place; the structure stays, mappings become dicts."""
     if isinstance(inputs, Tensor):
-        return inputs.to(device, non_blocking=True)
+        return function(inputs)
     if isinstance(inputs, Mapping):
-        return {key: move(value, device) for key, value in inputs.items()}
+        return {key: with_each(value, function) for key, value in inputs.items()}
     if isinstance(inputs, tuple | list):
-        return type(inputs)(move(value, device) for value in inputs)
+        values = [with_each(value, function) for value in inputs]
+        return type(inputs)(*values) if hasattr(inputs, "_fields") else type(inputs)(values)
     return inputs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,8 +45,8 @@ def unique_names(networks: Sequence[nn.Module]) -> tuple[str, ...]:
     names: list[str] = []
     for network in networks:
         base = type(network).__name__
-        number = sum(name == base or name.startswith(f"{base}_") for name in names)
-        names.append(f"{base}_{number + 1}" if number else base)
+        free = (f"{base}_{number}" for number in itertools.count(2))
+        names.append(base if base not in names else next(name for name in free if name not in names))
     return tuple(names)
 
 

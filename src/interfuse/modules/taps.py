@@ -1,7 +1,8 @@
 """Taps: the place in a network where its features are read, and how they become (batch, width) or (batch, tokens, width).
 
 A tap is found by a dry run: what feeds the last linear layer where that layer is the network's head, else what the
-network returns. Reading uses hooks that are gone after the call; the network isn't changed. Taps don't know of fusion.
+network returns. It is the head if nothing that the network has learned goes round it or comes after it. Reading uses
+hooks that are gone after the call; the network isn't changed. Taps don't know of fusion.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from interfuse.errors import ModelError, Problem, nearest
-from interfuse.modules.inputs import batch_size, call
+from interfuse.modules.inputs import batch_size, call, prediction, with_each
 
 #: What a mapping (or a Hugging Face output) calls its features, the best first.
 FEATURE_KEYS = (
@@ -45,12 +46,12 @@ class Tap:
 
 
 class _Stop(BaseException):
-    """Ends a forward pass once the features are known."""
+    """Ends a forward pass once the features are known. Each reading raises its own: one may run within another."""
 
 
 def module_at(model: nn.Module, path: str, name: str = "model") -> nn.Module:
     """The module at `path`, or a `ModelError` with the nearest paths."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     if path not in modules:
         raise ModelError(Problem(f"taps[{name!r}]", f"no module at {path!r}", nearest(path, [p for p in modules if p])))
     return modules[path]
@@ -72,16 +73,15 @@ def quiet(model: nn.Module) -> Iterator[None]:
 def find_tap(model: nn.Module, inputs: Any, path: str | None = None, name: str = "model") -> Tap:
     """The tap of `model`, by a dry run on `inputs`: the output of the module at `path`; without one the default tap.
 
-    The default is what feeds the last linear layer, if no layer with parameters runs after it (it is then the head),
-    and the network's output otherwise, or where the network returns hidden states rather than logits.
+    The default is what feeds the last linear layer, if all that the network predicts passes it (it is then the head), and
+    the network's output otherwise, or where the network returns hidden states rather than logits.
     """
-    calls: list[str] = []
-    handles = []
     if path is not None:
-        module_at(model, path, name)
-    for where, module in model.named_modules():
-        if where == path or any(True for _ in module.parameters(recurse=False)):
-            handles.append(module.register_forward_hook(lambda *_, where=where: calls.append(where)))
+        watched = {path: module_at(model, path, name)}
+    else:
+        watched = {where: module for where, module in model.named_modules() if isinstance(module, nn.Linear)}
+    calls: list[str] = []
+    handles = [m.register_forward_hook(lambda *_, where=where: calls.append(where)) for where, m in watched.items()]
     try:
         with quiet(model):
             output = call(model, inputs, name)
@@ -89,21 +89,36 @@ def find_tap(model: nn.Module, inputs: Any, path: str | None = None, name: str =
         for handle in handles:
             handle.remove()
     if path is not None:
-        if path not in calls:
+        if not calls:
             raise ModelError(Problem(f"taps[{name!r}]", f"the module {path!r} doesn't run in forward", "name one that does"))
-        return Tap(path, "output", calls.count(path))
-    head = next((where for where in reversed(calls) if isinstance(model.get_submodule(where), nn.Linear)), None)
-    if head is None or _gives_hidden_states(output):
+        return Tap(path, "output", len(calls))
+    if not calls or _gives_hidden_states(output) or not _is_head(model, watched[calls[-1]], inputs, name):
         return Tap("")
-    later = calls[len(calls) - calls[::-1].index(head) :]
-    around = ("", *(head[:i] for i, letter in enumerate(head) if letter == "."))  # a module ends after its parts
-    if any(where not in around for where in later):
-        return Tap("")
-    return Tap(head, "input", calls.count(head))
+    return Tap(calls[-1], "input", calls.count(calls[-1]))
 
 
 def _gives_hidden_states(output: Any) -> bool:
     return isinstance(output, Mapping) and "last_hidden_state" in output and "logits" not in output
+
+
+def _is_head(model: nn.Module, layer: nn.Module, inputs: Any, name: str) -> bool:
+    """Whether the prediction depends on the network's parameters through that layer's output alone: with the output cut
+    off, would anything be left to train?"""
+    trained = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point() and not p.is_inference()]
+    handle = layer.register_forward_hook(lambda _module, _args, result: result.detach())
+    try:
+        for parameter, _ in trained:
+            parameter.requires_grad_(True)
+        # the graph is only looked at, so nothing is kept for a backward pass
+        nothing_kept = torch.autograd.graph.saved_tensors_hooks(lambda kept: kept.new_empty(0), lambda kept: kept)
+        with quiet(model), torch.inference_mode(False), torch.enable_grad(), nothing_kept:
+            return not prediction(call(model, with_each(inputs, torch.clone), name), name).requires_grad
+    except ModelError:
+        return False  # several outputs, of which none is the prediction
+    finally:
+        handle.remove()
+        for parameter, wanted in trained:
+            parameter.requires_grad_(wanted)
 
 
 def read(model: nn.Module, tap: Tap, inputs: Any, *, output: bool, name: str = "model") -> tuple[Any, Any]:
@@ -115,11 +130,12 @@ def read(model: nn.Module, tap: Tap, inputs: Any, *, output: bool, name: str = "
         result = call(model, inputs, name)
         return result, result if output else None
     taken: list[Any] = []
+    stop = _Stop()
 
     def take(value: Any) -> None:
         taken.append(value)
         if not output and len(taken) == tap.calls:
-            raise _Stop
+            raise stop
 
     module = module_at(model, tap.path, name)
     if tap.side == "output":
@@ -131,8 +147,9 @@ def read(model: nn.Module, tap: Tap, inputs: Any, *, output: bool, name: str = "
     result = None
     try:
         result = call(model, inputs, name)
-    except _Stop:
-        pass
+    except _Stop as reached:
+        if reached is not stop:
+            raise
     finally:
         handle.remove()
     if not taken:
@@ -146,22 +163,26 @@ def features(
     """What was read at a tap as (batch, width) with `pool`, else (batch, tokens, width); and the tokens' mask or None.
 
     Tokens (batch, tokens, width) are averaged over the tokens that the attention mask keeps; maps (batch, channels, h, w)
-    over their places; of a tuple the first tensor counts, of a mapping the first of `FEATURE_KEYS`. (length, batch, width)
-    is turned round when only its second axis is the batch.
+    over their places, (batch, h, w, channels) behind a linear layer or layer normalisation; (batch, channels, length) is
+    known by a one-dimensional convolution, normalisation or pooling. Of a tuple the first tensor counts, of a mapping or an
+    object the first of `FEATURE_KEYS`. (length, batch, width) is turned round when only its second axis is the batch.
     """
     tensor = _tensor(value, name)
     if not tensor.is_floating_point() or tensor.ndim < 2:
         raise _no_features(name, f"{tensor.dtype} of shape {tuple(tensor.shape)}")
     size = batch_size(inputs)
-    if tensor.shape[0] != size and tensor.ndim == 3 and tensor.shape[1] == size:
+    last = _last(tap_module)
+    if tensor.ndim == 3 and tensor.shape[1] == size and (tensor.shape[0] != size or _batch_is_second(last)):
         tensor = tensor.transpose(0, 1)
     if tensor.shape[0] != size:
         raise _no_features(name, f"shape {tuple(tensor.shape)} for a batch of {size}")
     if tensor.ndim == 2:
         return tensor, None
-    if tensor.ndim >= 4 or isinstance(_last(tap_module), _CHANNELS_FIRST):
+    mask = None
+    if tensor.ndim >= 4 and (isinstance(last, nn.Linear) or type(last) is nn.LayerNorm):
+        tensor = tensor.flatten(1, -2)
+    elif tensor.ndim >= 4 or isinstance(last, _CHANNELS_FIRST):
         tensor = tensor.flatten(2).transpose(1, 2)  # (batch, places, channels)
-        mask = None
     else:
         mask = _token_mask(inputs, tensor)
     if not pool:
@@ -188,15 +209,35 @@ def _tensor(value: Any, name: str) -> Tensor:
         if len(tensors) == 1:
             return next(iter(tensors.values()))
         raise _no_features(name, f"a mapping of {list(value)}")
+    for key in FEATURE_KEYS:
+        if isinstance(found := getattr(value, key, None), Tensor):
+            return found
     if isinstance(value, tuple | list) and value:
         return _tensor(value[0], name)
     raise _no_features(name, type(value).__name__)
 
 
 def _last(module: nn.Module) -> nn.Module:
-    while isinstance(module, nn.Sequential) and len(module):
-        module = module[-1]
+    """The last layer of a chain that says what its axes are; activations and dropout don't."""
+    if isinstance(module, nn.Sequential):
+        parts = [_last(part) for part in module]
+        return next((part for part in reversed(parts) if not _is_elementwise(part)), module)
     return module
+
+
+def _is_elementwise(module: nn.Module) -> bool:
+    home = type(module).__module__.removeprefix("torch.nn.modules.")
+    return isinstance(module, nn.Identity) or (
+        home in ("activation", "dropout") and not isinstance(module, nn.MultiheadAttention)
+    )
+
+
+def _batch_is_second(module: nn.Module) -> bool:
+    if isinstance(module, nn.TransformerEncoder):
+        module = module.layers[0]
+    if isinstance(module, nn.TransformerEncoderLayer):
+        module = module.self_attn
+    return isinstance(module, nn.RNNBase | nn.MultiheadAttention) and not module.batch_first
 
 
 def _token_mask(inputs: Any, tokens: Tensor) -> Tensor | None:
