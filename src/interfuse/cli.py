@@ -20,6 +20,7 @@ import typer
 
 from interfuse import __version__
 from interfuse.errors import MissingExtra, OptionError, Problem, UserError, nearest
+from interfuse.extras import require
 
 app = typer.Typer(
     name="interfuse",
@@ -28,6 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+INTERRUPTED = 130
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, on standard output.")]
 TrustCode = Annotated[bool, typer.Option("--trust-code", help="Allow python: references, which run code.")]
@@ -124,9 +127,11 @@ def compare(
     """Compare finished runs (or recipes, which are run first) on the same test data: quality, size, speed, memory."""
     from interfuse.pipeline import compare_runs
 
+    _check_pages(html, markdown)
     with _clean(as_json):
         comparison = compare_runs(runs, data, metric=metric, trust_code=trust_code, device=device)
     if markdown is not None:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
         markdown.write_text(comparison.markdown(), encoding="utf-8")
     if html is not None:
         from interfuse.report.html import write_report
@@ -166,8 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         typer.echo(str(error), err=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
+        sys.exit(_interrupted())
+    except SystemExit as end:  # typer ends every command with one
+        sys.exit(_interrupted() if end.code == INTERRUPTED else end.code)
     except Exception as error:
         if "--debug" in given:
             traceback.print_exc()
@@ -176,9 +182,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
+def _interrupted() -> int:
+    typer.echo("interrupted; nothing was written", err=True)
+    return INTERRUPTED
+
+
 def _clean(as_json: bool) -> AbstractContextManager[Any]:
     """With `--json`, what libraries and the user's code print goes to standard error."""
     return redirect_stdout(sys.stderr) if as_json else nullcontext()
+
+
+def _check_pages(html: Path | None, markdown: Path | None) -> None:
+    """That the pages can be made and written, before the models are compared."""
+    problems = [
+        Problem(name, f"{path} is a folder", "name a file in it")
+        for name, path in (("--html", html), ("--markdown", markdown))
+        if path is not None and path.is_dir()
+    ]
+    if problems:
+        raise OptionError(*problems)
+    if html is not None:
+        for library in ("matplotlib", "jinja2"):
+            require(library)
 
 
 def _document(value: Any) -> str:

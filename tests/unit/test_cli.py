@@ -110,7 +110,7 @@ def test_the_users_mistakes_exit_with_2(capsys: Capture, arguments: list[str]) -
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "interrupted; nothing was written\n"),
         (RuntimeError("boom\nmore"), 1, "RuntimeError: boom (more with interfuse --debug ...)\n"),
         (MissingExtra("lightning isn't installed: pip install 'interfuse[train]'"), 2, "pip install 'interfuse[train]'"),
     ],
@@ -199,14 +199,16 @@ def test_compare_prints_and_writes_its_table(capsys: Capture, monkeypatch: pytes
     np.savez(tmp_path / "t.npz", x=np.random.default_rng(0).normal(size=(20, 3)), y=np.arange(20) % 2)
     monkeypatch.chdir(tmp_path)
     models = ["python:clinets:a", "python:clinets:b"]
-    written = ["--markdown", "t.md", "--html", "t.html"]
+    written = ["--markdown", "new/t.md", "--html", "t.html"]
     code, out, _ = call(capsys, "compare", *models, "--data", "t.npz", "--trust-code", *written)
     assert code == 0
     assert "Accuracy" in out
-    assert (tmp_path / "t.md").read_text().startswith("| Model | Accuracy")
+    assert (tmp_path / "new/t.md").read_text().startswith("| Model | Accuracy")
     assert "<html" in (tmp_path / "t.html").read_text()
     code, out, _ = call(capsys, "compare", *models, "--data", "t.npz", "--trust-code", "--json", "--metric", "log_loss")
     assert json.loads(out)["metric"] == "log_loss"
+    code, _, err = call(capsys, "compare", *models, "--data", "t.npz", "--html", ".", "--markdown", ".")
+    assert (code, [line.partition(":")[0] for line in err.splitlines()]) == (2, ["--html", "--markdown"])
     code, _, err = call(capsys, "compare", *models, "--data", "t.npz")
     assert code == 2
     assert "trust" in err

@@ -265,6 +265,15 @@ def test_the_recorded_recipe_runs_again_from_another_folder(work: Path, monkeypa
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
+def test_code_beside_the_recipe_is_found_from_any_folder(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (work / "r.yaml").write_text(yaml.safe_dump({"models": [net("mlp")], "data": {"test": "test.npz"}}))
+    (work / "elsewhere").mkdir()
+    monkeypatch.chdir(work / "elsewhere")
+    before = list(sys.path)
+    assert run(work / "r.yaml", "out", trust_code=True, progress=False).test is not None
+    assert sys.path == before
+
+
 def test_random_numbers_outside_are_left_alone(work: Path) -> None:
     torch.manual_seed(5)
     np.random.seed(5)

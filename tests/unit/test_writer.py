@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -240,3 +241,10 @@ def test_memory_keeps_what_it_is_given() -> None:
     for name, array in values.items():
         assert writer.tensors[name].tolist() == array.tolist()
         assert writer.tensors[name].dtype == SPECS[name].storage
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"out: can't be written: No space left on device; free some space"):
+        with whole_folder(tmp_path / "out"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []

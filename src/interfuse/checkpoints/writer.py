@@ -6,6 +6,7 @@ Not a store: what is written here is read by `source`, by safetensors and by wha
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -111,6 +112,11 @@ def whole_folder(path: str | Path, *, overwrite: bool = False, inputs: Iterable[
                 _sync(Path(folder, name))
             _sync(Path(folder))
         _put(part, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        wrong = f"can't be written: {error.strerror}"
+        raise CheckpointError(Problem(str(path), wrong, "free some space, or choose another folder")) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ def run(
     """
     started = time.monotonic()
     checked = check(recipe, trust_code=trust_code)
+    beside = Path(recipe).resolve().parent if isinstance(recipe, str | Path) else None
     if seed is not None:
         checked = checked.model_copy(update={"seed": seed})
     _check_options(seed, threads, device)
@@ -69,7 +72,7 @@ def run(
             from interfuse.pipeline import networks
 
             step = networks.evaluate_merged if merges_files(checked) else networks.run_networks
-            with networks.settled(checked.seed, threads):
+            with networks.settled(checked.seed, threads), code_beside(beside):
                 found = step(checked, folder, trust_code=trust_code, device=device, progress=progress)
         record = dataclasses.replace(
             record,
@@ -84,6 +87,19 @@ def run(
         )
         write(folder, checked, record, kind="weights")
     return record
+
+
+@contextmanager
+def code_beside(folder: Path | None) -> Iterator[None]:
+    """`python:` references also find modules in `folder`, that of the recipe."""
+    if folder is None:
+        yield
+        return
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def merges_files(recipe: Recipe) -> bool:
