@@ -32,6 +32,7 @@ class Ensemble(Composite):
     Raises `ModelError` where the predictions' shapes differ, or where probabilities are asked of what isn't (batch, classes).
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         models: Sequence[nn.Module | str] | Mapping[str, nn.Module | str],

@@ -54,6 +54,7 @@ class ModelFusion(Composite):
 
     mix: Tensor  # (models,): each parent's share in the residual
 
+    @torch.inference_mode(False)  # what is made in inference mode could never be trained
     def __init__(
         self,
         models: Sequence[nn.Module | str] | Mapping[str, nn.Module | str],
@@ -136,7 +137,7 @@ class ModelFusion(Composite):
         self._hold()  # a network may have made its parameters in the dry run
         return self
 
-    @torch.inference_mode(False)  # parameters that are made in inference mode could never be trained
+    @torch.inference_mode(False)
     def make(self, taps: Sequence[Tap], widths: Sequence[int], outputs: Sequence[int | None]) -> None:
         """Make the fusion's own parameters for networks with these taps, widths and numbers of classes."""
         step = math.lcm(8, int(self.options.get("heads", 1)))

@@ -7,6 +7,7 @@ hooks that are gone after the call; the network isn't changed. Taps don't know o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def find_tap(model: nn.Module, inputs: Any, path: str | None = None, name: str =
         if not calls:
             raise ModelError(Problem(f"taps[{name!r}]", f"the module {path!r} doesn't run in forward", "name one that does"))
         return Tap(path, "output", len(calls))
-    if not calls or _gives_hidden_states(output) or not _is_head(model, watched[calls[-1]], inputs, name):
+    if not calls or _gives_hidden_states(output) or not _is_head(model, calls[-1], inputs, name):
         return Tap("")
     return Tap(calls[-1], "input", calls.count(calls[-1]))
 
@@ -101,17 +102,20 @@ def _gives_hidden_states(output: Any) -> bool:
     return isinstance(output, Mapping) and "last_hidden_state" in output and "logits" not in output
 
 
-def _is_head(model: nn.Module, layer: nn.Module, inputs: Any, name: str) -> bool:
+@torch.inference_mode(False)
+def _is_head(model: nn.Module, path: str, inputs: Any, name: str) -> bool:
     """Whether the prediction depends on the network's parameters through that layer's output alone: with the output cut
     off, would anything be left to train?"""
-    trained = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point() and not p.is_inference()]
-    handle = layer.register_forward_hook(lambda _module, _args, result: result.detach())
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        model = copy.deepcopy(model)  # made in inference mode, it can't be asked itself
+    trained = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
+    handle = model.get_submodule(path).register_forward_hook(lambda _module, _args, result: result.detach())
     try:
         for parameter, _ in trained:
             parameter.requires_grad_(True)
         # the graph is only looked at, so nothing is kept for a backward pass
         nothing_kept = torch.autograd.graph.saved_tensors_hooks(lambda kept: kept.new_empty(0), lambda kept: kept)
-        with quiet(model), torch.inference_mode(False), torch.enable_grad(), nothing_kept:
+        with quiet(model), torch.enable_grad(), nothing_kept:
             return not prediction(call(model, with_each(inputs, torch.clone), name), name).requires_grad
     except ModelError:
         return False  # several outputs, of which none is the prediction
