@@ -205,7 +205,7 @@ def _read_targets(targets: Any, classes: Sequence[str] | None, path: str) -> tup
     flat = numbers.reshape(len(numbers), -1) if len(numbers) else numbers.reshape(0, 1)
     wrong = np.flatnonzero(((flat < 0) | (flat >= len(names))).any(1))
     if len(wrong):
-        allowed = f"class numbers from 0 to {len(names) - 1}"
+        allowed = f"class numbers from 0 to {len(names) - 1}; values to predict are floats (13.0)"
         raise DataError(*(Problem(path, f"row {row + 1}: label {values[row]}", allowed) for row in wrong[:_SHOWN]))
     return numbers, names
 

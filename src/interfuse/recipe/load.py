@@ -179,9 +179,14 @@ _Loader.add_implicit_resolver(
 )
 
 
+def read_yaml(text: str | bytes) -> Any:
+    """What a text in YAML holds, read as recipes are; raises yaml's own errors."""
+    return yaml.load(text, Loader=_Loader)
+
+
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_bytes(), Loader=_Loader)
+        raw = read_yaml(path.read_bytes())
     except OSError as error:
         raise RecipeError(Problem(str(path), f"the recipe can't be read ({error.strerror})")) from None
     except yaml.MarkedYAMLError as error:

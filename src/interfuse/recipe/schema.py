@@ -169,10 +169,16 @@ class Training(Section):
     learning_rate: Positive | None = Field(default=None, description="AdamW's learning rate at its peak.")
     batch_size: Count | None = Field(default=None, description="Samples a step.")
     weight_decay: NonNegative | None = Field(default=None, description="AdamW's weight decay.")
-    patience: Count | None = Field(default=None, description="Stop after this many epochs without a better validation value.")
+    patience: Count | None = Field(
+        default=None, description="Stop after this many epochs without a better validation value (of data.validation)."
+    )
     seed: int | None = Field(default=None, ge=0, description="The seed of training; left out, the recipe's.")
-    loss: Ref | None = Field(default=None, description="The loss by name; `auto` goes by the targets.")
-    metric: Ref | None = Field(default=None, description="What the best epoch is chosen by; left out, it goes by the targets.")
+    loss: Ref | None = Field(
+        default=None, description="auto (by the targets), cross_entropy, binary_cross_entropy, mse or mae."
+    )
+    metric: Ref | None = Field(
+        default=None, description="What the best epoch is chosen by: accuracy for classes, else the loss."
+    )
 
 
 class Evaluate(Section):
@@ -192,7 +198,9 @@ class Recipe(Section):
     base_model: Ref | None = Field(default=None, description="The common ancestor, for merges of task vectors.")
     models: list[ModelEntry] = Field(default_factory=list, description="The pool of models, in order.")
     parameters: dict[str, Any] = Field(default_factory=dict, description="The method's options.")
-    head: Head | None = Field(default=None, description="The outputs; left out, they are taken from the data's classes.")
+    head: Head | None = Field(
+        default=None, description="The outputs of a fusion; left out, the data's classes, or one for each value to predict."
+    )
     dtype: Ref | None = Field(default=None, description="The type of a merge's inputs, and the output's default.")
     out_dtype: Ref | None = Field(default=None, description="The type that a merge is written in.")
     data: DataSection | None = Field(default=None, description="The data sets.")
