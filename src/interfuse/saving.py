@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
-from typing_extensions import NotRequired, TypedDict
 
 from interfuse.checkpoints.source import Checkpoint, open_checkpoint
 from interfuse.checkpoints.tensors import spec_of, to_array, to_tensor
@@ -34,22 +33,26 @@ DESCRIPTION = "interfuse.json"
 TENSORS = "model.safetensors"
 
 
-class _Member(TypedDict):
+class _Member(BaseModel):
     """What the description says of each member of a fusion or ensemble."""
 
     name: str
     reference: str | None
     stored: bool
-    sha256: NotRequired[str]
+    sha256: str | None = None
 
 
-class _Tap(TypedDict):
+class _Tap(BaseModel):
     path: str
     side: Literal["input", "output"]
     calls: int
 
 
-class _Network(TypedDict):
+class _Plain(BaseModel):
+    """What `merge` and `run` say of weights is for people, and isn't needed to load them."""
+
+
+class _Network(BaseModel):
     """What it says of any network: tensor -> the tensor that holds its values, for those that are tied."""
 
     shared: dict[str, str]
@@ -74,12 +77,12 @@ class _Fusion(_Network):
     parents: list[bool]
 
 
-_KINDS: dict[str, Any] = {
+_KINDS: dict[str, type[BaseModel]] = {
     "fusion": _Fusion,
     "ensemble": _Ensemble,
     "network": _Network,
-    "weights": dict[str, Any],
-    "merge": dict[str, Any],
+    "weights": _Plain,
+    "merge": _Plain,
 }
 
 
@@ -239,7 +242,7 @@ def _description(path: Path) -> dict[str, Any]:
         wrong = f"holds a {kind!r} in format {version}"
         raise CheckpointError(Problem(str(path), wrong, f"a newer interfuse; this one reads format {FORMAT}"))
     try:
-        TypeAdapter(_KINDS[kind]).validate_python(about, strict=True)
+        _KINDS[kind].model_validate(about, strict=True)
     except ValidationError as error:
         raise CheckpointError(*problems_of(error, str(path), list(about))) from None
     return about

@@ -95,11 +95,13 @@ def fit(
     train_only: globs of parameters' names; all others are kept as they are during this fit.
     cache: keep the features of frozen networks on disk and train on those; a folder to choose where, False to recompute
         them in each step. They are recomputed anyway where they can't be cached, as the record says.
-    checkpoints: a folder for Lightning's checkpoints; resume: one of them to go on from.
+    checkpoints: a folder for Lightning's checkpoints; resume: one of them to go on from, with the same options: on one
+        device the run then ends with the weights of one that wasn't interrupted.
     callbacks, **trainer: Lightning's own (accelerator, devices, strategy, precision, logger, ...).
 
     A fusion with residual parents starts from the best of them, or their mean, on `validation` (without it, on `train`).
-    Raises `DataError`, `ModelError` and `OptionError` before anything is trained.
+    Raises `DataError`, `ModelError` and `OptionError` before anything is trained. A loss that isn't finite is a `DataError`;
+    after this or any other error in training the model has the best weights until then.
     """
     require("lightning.pytorch")
     from interfuse.training.loop import Loop
@@ -132,6 +134,10 @@ def fit(
             ready = time.monotonic()
             options = {"max_epochs": epochs, "callbacks": _callbacks(callbacks, checkpoints, progress), **trainer}
             keeper = _run(loop, loaders, values, seed, patience, resume, options)
+    return _record(loop, keeper, start, reason, begun, ready)
+
+
+def _record(loop: Loop, keeper: KeepBest, start: str, reason: str, begun: float, ready: float) -> FitRecord:
     now = time.monotonic()
     best = {key: v for row in keeper.history if row["epoch"] == keeper.epoch for key, v in row.items() if "validation" in key}
     return FitRecord(
@@ -317,7 +323,7 @@ def _run(
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import Checkpoint
 
-    from interfuse.training.loop import Epochs, KeepBest, interruptible
+    from interfuse.training.loop import KeepBest, interruptible
 
     with tempfile.TemporaryDirectory() as folder, _without_advice():
         keeper = KeepBest(loop.model, loop.metric, start, patience, Path(folder) / "handover.pt")
@@ -332,12 +338,7 @@ def _run(
             "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in options["callbacks"]),
         }
         runner = Trainer(**{**defaults, **options, "callbacks": [*options["callbacks"], keeper]})
-        # Loaders go to several processes as they are: Lightning shares out their rows and sees to their order.
-        several = runner.world_size > 1
-        train, validation = (
-            data if data is None or (isinstance(data, DataLoader) and (several or turn is None)) else Epochs(data, loop, turn)
-            for data, turn in zip(loaders, (seed, None), strict=True)
-        )
+        train, validation = _turns(loop, loaders, seed, several=runner.world_size > 1)
         _prepare(loop.model)
         try:
             with interruptible():
@@ -347,6 +348,18 @@ def _run(
             raise
         keeper.finish()
     return keeper
+
+
+def _turns(loop: Loop, loaders: Loaders, seed: int, *, several: bool) -> Loaders:
+    """The data as Lightning gets it: in an order of the epoch's own; to several processes it shares out loaders itself."""
+    from interfuse.training.loop import Epochs
+
+    train, validation = loaders
+    if not (several and isinstance(train, DataLoader)):
+        train = Epochs(train, loop, seed)
+    if not (validation is None or isinstance(validation, DataLoader)):
+        validation = Epochs(validation, loop, None)
+    return train, validation
 
 
 def _prepare(model: nn.Module) -> None:
