@@ -60,7 +60,7 @@ class Method:
             if parameter.kind is parameter.KEYWORD_ONLY
         }
         # An option whose name Python reserves ("lambda") is an alias of its argument ("lambda_"); both are taken.
-        config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, populate_by_name=True)
+        config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, populate_by_name=True, strict=True)
         return create_model(self.name, __config__=config, **fields)
 
     def check(self, values: Mapping[str, Any], path: str = "parameters") -> dict[str, Any]:

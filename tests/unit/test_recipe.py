@@ -81,6 +81,18 @@ def test_every_problem_is_listed_at_once_with_its_path_and_value() -> None:
     assert "did you mean 'attention'?" in found["fusion"]
 
 
+def test_mergekits_slices_are_one_problem() -> None:
+    found = problems({"merge_method": "linear", "slices": [{"sources": [{"model": "org/a", "layer_range": [0, 2]}]}]})
+    assert list(found) == ["slices"]
+
+
+def test_options_are_not_coerced() -> None:
+    merge = {"merge_method": "linear", "models": ["org/a"], "parameters": {"normalize": "yes"}}
+    assert problems(merge) == {"parameters.normalize": "got 'yes'; true or false"}
+    fusion = changed(FUSION, parameters={"heads": "2", "dropout": "0.1"})
+    assert list(problems(fusion)) == ["parameters.heads", "parameters.dropout"]
+
+
 def test_a_model_that_cannot_be_read_hides_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(

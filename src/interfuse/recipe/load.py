@@ -63,6 +63,7 @@ def _or_raise(recipe: Recipe, problems: list[Problem]) -> Recipe:
 def _joined(first: list[Problem], then: list[Problem]) -> list[Problem]:
     """`first`, and of `then` what isn't at, above or below a place that already has a problem."""
     taken = [p.path for p in first]
+    taken += ["models"] if any(path in ("slices", "modules") for path in taken) else []  # mergekit's other ways to name them
     return first + [p for p in then if not any(_related(p.path, path) for path in taken)]
 
 

@@ -255,6 +255,7 @@ def recipe_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     rules = []
+    shared = {"weight": {"type": "number"}, "int8_mask": {}}  # what mergekit's recipes may hold beside a method's options
     for key, levels in (("fusion", ("features", "outputs")), ("merge_method", ("weights",))):
         known = [m for m in methods() if m.level in levels]
         field = schema["properties"][key]
@@ -264,7 +265,14 @@ def recipe_schema() -> dict[str, Any]:
             rules.append(
                 {
                     "if": {"properties": {key: {"const": method.name}}, "required": [key]},
-                    "then": {"properties": {"parameters": {"properties": options_schema(method)}}},
+                    "then": {
+                        "properties": {
+                            "parameters": {
+                                "properties": options_schema(method) | (shared if method.level == "weights" else {}),
+                                "additionalProperties": False,
+                            }
+                        }
+                    },
                 }
             )
     schema["allOf"] = rules
