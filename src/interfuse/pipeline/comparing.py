@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interfuse.errors import DataError, ModelError, OptionError, Problem, UserError
-from interfuse.pipeline.finished import description, load_run
+from interfuse.pipeline.finished import description, load_network, load_run
 from interfuse.pipeline.record import DESCRIPTION, RECIPE
 from interfuse.recipe import Recipe, load_recipe
 from interfuse.recipe.check import names_of, source_problems
@@ -113,7 +113,6 @@ def _opened(
 
 
 def _open(reference: str, trust_code: bool, device: str | None, progress: bool) -> _Entry:
-    from interfuse.pipeline.networks import load_network
     from interfuse.pipeline.steps import run
 
     if _is_recipe(reference):

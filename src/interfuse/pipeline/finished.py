@@ -14,6 +14,8 @@ from interfuse.recipe.check import names_of
 if TYPE_CHECKING:
     from torch import nn
 
+    from interfuse.recipe.schema import ModelEntry
+
 
 def description(folder: str | Path) -> dict[str, Any]:
     """What `interfuse.json` in `folder` says; empty where there is none."""
@@ -32,13 +34,23 @@ def is_saved(ref: str) -> bool:
     return description(ref).get("kind") in ("fusion", "ensemble", "network")
 
 
+def load_network(entry: ModelEntry, *, trust_code: bool) -> nn.Module:
+    """One network: from a folder that a run wrote, or else as `load_model` does."""
+    from interfuse.models import load_model
+
+    if not is_saved(entry.model):
+        return load_model(entry.model, weights=entry.weights, trust_code=trust_code)
+    if entry.weights is not None:
+        raise ModelError(Problem(entry.model, "already has its weights", "remove `weights`"))
+    return load_run(entry.model, trust_code=trust_code)
+
+
 def load_run(folder: str | Path, *, trust_code: bool = False) -> nn.Module:
     """The model of an output folder, in evaluation mode, from its recorded recipe and its weights.
 
     trust_code: allow the `python:` references of the recipe. Raises `ModelError` or `CheckpointError`.
     """
     from interfuse.models import load_model
-    from interfuse.pipeline.networks import load_network
     from interfuse.recipe.schema import ModelEntry
     from interfuse.saving import load
 

@@ -26,7 +26,7 @@ from interfuse.modules.ensemble import Ensemble
 from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import split_batch
 from interfuse.modules.taps import find_tap
-from interfuse.pipeline.finished import is_saved, load_run
+from interfuse.pipeline.finished import is_saved, load_network
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import experts_of, names_of, options_of, weights_of
 from interfuse.recipe.schema import DataSection, ModelEntry
@@ -129,15 +129,6 @@ def load_networks(recipe: Recipe, *, trust_code: bool) -> dict[str, nn.Module]:
 
 
 BASE = " base"  # no model's name: names have no spaces
-
-
-def load_network(entry: ModelEntry, *, trust_code: bool) -> nn.Module:
-    """One network: from a folder that a run wrote, or else as `load_model` does."""
-    if not is_saved(entry.model):
-        return load_model(entry.model, weights=entry.weights, trust_code=trust_code)
-    if entry.weights is not None:
-        raise ModelError(Problem(entry.model, "already has its weights", "remove `weights`"))
-    return load_run(entry.model, trust_code=trust_code)
 
 
 def load_sets(recipe: Recipe, *, trust_code: bool) -> dict[str, Data]:
