@@ -363,6 +363,15 @@ def test_a_head_of_ones_own() -> None:
     assert any(p.abs().sum() > 0 for p in head.parameters())
 
 
+def test_a_network_runs_no_further_than_it_is_needed() -> None:
+    fusion = ModelFusion([Parent(5), Parent(9, classes=4)], head=3, example=X)
+    ran: list[int] = []
+    for k, backbone in enumerate(fusion.backbones):
+        backbone.get_submodule("head").register_forward_hook(lambda *_, k=k: ran.append(k))
+    fusion(X)
+    assert ran == [0]  # the parent, whose logits count; of the other the features are enough
+
+
 def test_reading_and_fusing_apart_is_forward() -> None:
     fusion = ModelFusion(parents(), "gate", head=3, freeze=[True, False], example=X).eval()
     readings = [fusion.read(k, X) for k in range(2)]

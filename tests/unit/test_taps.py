@@ -95,6 +95,7 @@ HEADS: dict[str, tuple[nn.Module, Tap]] = {
         Net(lambda n, x: {"a": n.head(x), "b": n.head(x)}, head=nn.Linear(6, 3)),
         Tap(""),
     ),
+    "hidden states": (Net(lambda n, x: {"last_hidden_state": n.body(x)}, body=nn.Linear(6, 5)), Tap("")),
     "no parameters": (nn.Flatten(), Tap("")),
     "an ensemble": (Ensemble([mlp(), mlp()]), Tap("")),
     "a fusion without a head": (ModelFusion([mlp(), mlp()], "gate", example=X), Tap("")),
