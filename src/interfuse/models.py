@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from interfuse.errors import CheckpointError, ModelError, Problem
 from interfuse.extras import require
 
 CODE = "python:"
+_ENDLESS = 10**9  # tokens; a tokenizer that knows no greatest length says 10**30
 
 
 def load_model(ref: str, *, weights: str | Path | None = None, trust_code: bool = False, exactly: bool = False) -> nn.Module:
@@ -57,7 +59,14 @@ def load_tokenizer(ref: str) -> Any:
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
     if folder.exists() and not any((folder / file).exists() for file in files):
         return None
-    return require("transformers").AutoTokenizer.from_pretrained(name, **revision)
+    transformers = require("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **revision)
+    if tokenizer.model_max_length > _ENDLESS:  # it doesn't say how much the network reads
+        config = transformers.AutoConfig.from_pretrained(name, **revision)
+        places = getattr(config, "max_position_embeddings", None)
+        if places:
+            tokenizer.model_max_length = places - 2  # two are kept from texts by networks whose places start after padding
+    return tokenizer
 
 
 def call_reference(ref: str, *, trust_code: bool) -> Any:
@@ -110,14 +119,30 @@ def _from_transformers(ref: str, exactly: bool) -> nn.Module:
         architecture = (getattr(config, "architectures", None) or [""])[0]
         kind = getattr(transformers, architecture, None) or transformers.AutoModel
         dtype = "auto" if exactly else torch.float32
-        network, report = kind.from_pretrained(name, dtype=dtype, output_loading_info=True, **revision)
+        with _without_bar(transformers, path.is_dir()):
+            network, report = kind.from_pretrained(name, dtype=dtype, output_loading_info=True, **revision)
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        allowed = "a folder or hub id that Transformers can load (is the hub reachable?)"
-        raise ModelError(Problem(ref, str(error).partition("\n")[0], allowed)) from error
+        lead = "" if path.exists() else "no such folder here, and as a hub id: "
+        wrong, allowed = str(error).partition("\n")[0].rstrip("."), "a folder or hub id that Transformers can load"
+        raise ModelError(Problem(ref, lead + wrong, f"{allowed} (is the hub reachable?)")) from error
     missing = sorted(report["missing_keys"])
     if missing:  # Transformers would leave them at random values
         raise ModelError(*(Problem(f"{ref}: {key}", "missing", f"the {kind.__name__} needs it") for key in missing))
     return network
+
+
+@contextmanager
+def _without_bar(transformers: Any, local: bool) -> Iterator[None]:
+    """No progress bar for files on this disk, which load in a moment; a download has one."""
+    logging = transformers.utils.logging
+    shown = local and logging.is_progress_bar_enabled()
+    if shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def fill(network: nn.Module, weights: str | Path, *, exactly: bool = False) -> None:
@@ -134,7 +159,8 @@ def fill(network: nn.Module, weights: str | Path, *, exactly: bool = False) -> N
             if place(tensor) not in there:
                 problems.append(Problem(f"{weights}: {name}", "missing", f"the network needs it, shape {tuple(tensor.shape)}"))
         elif checkpoint.specs[name].shape != tuple(tensor.shape):
-            problems.append(Problem(f"{weights}: {name}", f"shape {checkpoint.specs[name].shape}", f"{tuple(tensor.shape)}"))
+            wrong = f"shape {checkpoint.specs[name].shape}"
+            problems.append(Problem(f"{weights}: {name}", wrong, f"the network has {tuple(tensor.shape)}"))
     allowed = "give the network that these weights are of"
     problems += [Problem(f"{weights}: {name}", "not in the network", allowed) for name in checkpoint.specs if name not in state]
     if problems:

@@ -156,7 +156,7 @@ def test_weights_that_do_not_fit_are_all_named(code: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         load_model("python:users_code:make", weights="w.safetensors", trust_code=True)
     text = str(caught.value)
-    assert "w.safetensors: 0.weight: shape (3, 5); (3, 4)" in text
+    assert "w.safetensors: 0.weight: shape (3, 5); the network has (3, 4)" in text
     assert "w.safetensors: 0.bias: missing; the network needs it, shape (3,)" in text
     assert "w.safetensors: 1.bias: not in the network" in text
     with pytest.raises(CheckpointError, match=r"w2\.safetensors: no such file"):
@@ -187,3 +187,20 @@ def test_tokenizers_lie_with_their_network(tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path / "none")) is None
     assert load_tokenizer("python:anything:at_all") is None
     assert load_tokenizer(str(tmp_path / "some"))(["a b"])["input_ids"] == [[2, 5, 6, 3]]
+
+
+def test_texts_are_cut_at_what_the_network_reads(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "some")
+    bert(max_position_embeddings=12).save_pretrained(tmp_path / "some")
+    assert len(load_tokenizer(str(tmp_path / "some"))("a " * 40, truncation=True)["input_ids"]) == 10
+
+
+def test_folders_load_without_a_progress_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    bert().save_pretrained(tmp_path / "net")
+    capsys.readouterr()
+    load_model(str(tmp_path / "net"))
+    assert capsys.readouterr().err == ""
+    assert transformers.utils.logging.is_progress_bar_enabled()

@@ -360,6 +360,19 @@ def test_models_and_data_that_cannot_be_loaded_are_named_together(work: Path) ->
     assert not (work / "out").exists()
 
 
+def test_networks_that_cannot_read_the_data_are_named_together(work: Path) -> None:
+    (work / "oddnets.py").write_text(
+        "from torch import nn\n\ndef flat():\n    return nn.Linear(5, 3)\n\ndef two():\n    return nn.Bilinear(2, 2, 3)\n"
+    )
+    with pytest.raises(ModelError) as caught:
+        run(fusion(models=[net("mlp"), "python:oddnets:flat", "python:oddnets:two"]), "out", trust_code=True, progress=False)
+    flat, two = map(str, caught.value.problems)
+    assert flat.startswith("models[1] (flat): can't read the data, float32 [2, 1, 6, 6]: RuntimeError: mat1 and mat2 shapes")
+    assert two.startswith("models[2] (two): can't read the data")
+    assert not (work / "out").exists()
+    sys.modules.pop("oddnets", None)
+
+
 def test_heads_and_devices_that_do_not_fit(work: Path) -> None:
     with pytest.raises(ModelError, match=r"head\.classes: 2, but the data has 3; at least 3"):
         run(fusion(head=2), "out", trust_code=True, progress=False)

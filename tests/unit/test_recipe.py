@@ -86,6 +86,11 @@ def test_mergekits_slices_are_one_problem() -> None:
     assert list(found) == ["slices"]
 
 
+def test_a_tap_may_be_a_number() -> None:
+    recipe = load_recipe(changed(FUSION, models=[{"model": "org/a", "tap": 6}, "org/b"]))
+    assert recipe.models[0].tap == "6"
+
+
 def test_options_are_not_coerced() -> None:
     merge = {"merge_method": "linear", "models": ["org/a"], "parameters": {"normalize": "yes"}}
     assert problems(merge) == {"parameters.normalize": "got 'yes'; true or false"}

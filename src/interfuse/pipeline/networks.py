@@ -27,6 +27,7 @@ from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import split_batch
 from interfuse.modules.taps import find_tap
 from interfuse.pipeline.finished import is_saved, load_network
+from interfuse.pipeline.trial import try_networks
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import experts_of, names_of, options_of, weights_of
 from interfuse.recipe.schema import DataSection, ModelEntry
@@ -51,6 +52,8 @@ def run_networks(recipe: Recipe, folder: Path, *, trust_code: bool, device: str 
     networks = load_networks(recipe, trust_code=trust_code)
     hashes = {name: open_checkpoint(network).hash() for name, network in networks.items()}
     sets = load_sets(recipe, trust_code=trust_code)
+    if sets:
+        try_networks({name: network for name, network in networks.items() if name != BASE}, next(iter(sets.values())))
     result = Result(assemble(recipe, networks, sets.get("train")), hashes=hashes, classes=_classes(sets))
     if "train" in sets and recipe.form in ("fusion", "single"):
         result.training = train(recipe, result.model, sets, place, progress=progress)

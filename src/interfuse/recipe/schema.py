@@ -67,7 +67,11 @@ class ModelEntry(Section):
     @model_validator(mode="before")
     @classmethod
     def _bare(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
+        if isinstance(value, str):
+            return {"model": value}
+        if isinstance(value, dict) and isinstance(value.get("tap"), int) and not isinstance(value["tap"], bool):
+            return value | {"tap": str(value["tap"])}  # a module of a Sequential, which YAML reads as a number
+        return value
 
 
 class Head(Section):
