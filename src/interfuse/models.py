@@ -119,7 +119,7 @@ def _from_transformers(ref: str, exactly: bool) -> nn.Module:
         architecture = (getattr(config, "architectures", None) or [""])[0]
         kind = getattr(transformers, architecture, None) or transformers.AutoModel
         dtype = "auto" if exactly else torch.float32
-        with _without_bar(transformers, path.is_dir()):
+        with without_bar(transformers, path.is_dir()):
             network, report = kind.from_pretrained(name, dtype=dtype, output_loading_info=True, **revision)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         lead = "" if path.exists() else "no such folder here, and as a hub id: "
@@ -132,7 +132,7 @@ def _from_transformers(ref: str, exactly: bool) -> nn.Module:
 
 
 @contextmanager
-def _without_bar(transformers: Any, local: bool) -> Iterator[None]:
+def without_bar(transformers: Any, local: bool = True) -> Iterator[None]:
     """No progress bar for files on this disk, which load in a moment; a download has one."""
     logging = transformers.utils.logging
     shown = local and logging.is_progress_bar_enabled()

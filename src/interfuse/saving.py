@@ -22,7 +22,7 @@ from interfuse.checkpoints.source import Checkpoint, open_checkpoint
 from interfuse.checkpoints.tensors import spec_of, to_array, to_tensor
 from interfuse.checkpoints.writer import TensorWriter, whole_folder
 from interfuse.errors import CheckpointError, ModelError, OptionError, Problem, UserError, nearest
-from interfuse.models import CODE, fill, load_model, place, put
+from interfuse.models import CODE, fill, load_model, place, put, without_bar
 from interfuse.modules.ensemble import Ensemble
 from interfuse.modules.fused import ModelFusion
 from interfuse.modules.taps import Tap
@@ -106,7 +106,8 @@ def write_model(model: nn.Module, folder: Path, *, backbones: Literal["reference
         raise OptionError(Problem("backbones", f"got {backbones!r}", nearest(str(backbones), ["reference", "value"])))
     transformers = sys.modules.get("transformers")  # where it isn't loaded, the model isn't one of its
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
-        model.save_pretrained(folder)
+        with without_bar(transformers):
+            model.save_pretrained(folder)
         return
     description = _describe(model)
     by_reference = []
