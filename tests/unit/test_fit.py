@@ -526,7 +526,10 @@ def test_ctrl_c_reaches_the_caller_who_can_press_it_again(number: int) -> None:
                 os.kill(os.getpid(), number)
             return super().forward(x)
 
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        fit(Pressed(2, 2), (torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)), epochs=3, progress=False)
-    assert signal.getsignal(signal.SIGINT) is before
+    ambient = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(Pressed(2, 2), (torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)), epochs=3, progress=False)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, ambient)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from interfuse.errors import DataError, ModelError
+from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import Composite, batch_size, call, inputs_by_model, move, prediction, split_batch, tensors_of
 
 X, Y = torch.arange(6.0).view(3, 2), torch.ones(3, 2)
@@ -159,3 +160,25 @@ def test_the_size_of_a_batch_is_that_of_its_first_tensor() -> None:
     assert batch_size((torch.zeros(()), X)) == 3
     with pytest.raises(DataError, match="no tensor with a batch dimension in dict"):
         batch_size({"a": torch.zeros(())})
+
+
+class Pair(nn.Module):
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        if left.dtype != torch.float32:
+            raise TypeError("of the network's own")
+        return left + right
+
+
+def test_inputs_that_a_network_lacks_by_position_are_named() -> None:
+    with pytest.raises(ModelError, match=r"two: takes the inputs \['left', 'right'\], but gets 1 by position"):
+        call(Pair(), torch.ones(2), "two")
+    with pytest.raises(ModelError, match="but gets 3 by position"):
+        call(Pair(), (torch.ones(2),) * 3, "two")
+    with pytest.raises(TypeError, match="of the network's own"):
+        call(Pair(), (torch.ones(2, dtype=torch.double),) * 2, "two")
+
+
+def test_every_model_that_lacks_inputs_is_named() -> None:
+    with pytest.raises(ModelError) as raised:
+        ModelFusion({"a": Pair(), "b": nn.Linear(2, 2), "c": Pair()}, example=torch.ones(3, 2))
+    assert [problem.path for problem in raised.value.problems] == ["a", "c"]

@@ -116,26 +116,35 @@ class ModelFusion(Composite):
         if self.built:
             return self
         own = inputs_by_model(self.names, inputs)
-        missing = [
-            Problem(f"inputs[{name!r}]", "None", "the first inputs must be there for every model")
-            for name, x in zip(self.names, own, strict=True)
-            if x is None
-        ]
-        if missing:
-            raise ModelError(*missing)
         taps, seen, outputs = [], [], []
-        for name, backbone, path, x in zip(self.names, self.backbones, self.asked_taps, own, strict=True):
-            if isinstance(backbone, ModelFusion):
-                backbone.build(x)
-            taps.append(find_tap(backbone, x, path, name))
-            with quiet(backbone):
-                value, output = read(backbone, taps[-1], x, output=True, name=name)
-            seen.append(self._features(backbone, taps[-1], value, x, name)[0])
+        problems: list[Problem] = []
+        for k, x in enumerate(own):
+            try:
+                tap, found, output = self._try(k, x)
+            except ModelError as error:
+                problems += error.problems
+                continue
+            taps.append(tap)
+            seen.append(found)
             outputs.append(_width(output))
+        if problems:
+            raise ModelError(*problems)
         self.make(taps, [int(f.shape[-1]) for f in seen], outputs)
         self.to(seen[0].device)
         self._hold()  # a network may have made its parameters in the dry run
         return self
+
+    def _try(self, k: int, inputs: Any) -> tuple[Tap, Tensor, Any]:
+        """Network k's tap, features and output in a dry run."""
+        name, backbone = self.names[k], self.backbones[k]
+        if inputs is None:
+            raise ModelError(Problem(f"inputs[{name!r}]", "None", "the first inputs must be there for every model"))
+        if isinstance(backbone, ModelFusion):
+            backbone.build(inputs)
+        tap = find_tap(backbone, inputs, self.asked_taps[k], name)
+        with quiet(backbone):
+            value, output = read(backbone, tap, inputs, output=True, name=name)
+        return tap, self._features(backbone, tap, value, inputs, name)[0], output
 
     @torch.inference_mode(False)
     def make(self, taps: Sequence[Tap], widths: Sequence[int], outputs: Sequence[int | None]) -> None:

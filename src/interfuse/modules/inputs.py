@@ -27,14 +27,31 @@ class Composite(nn.Module):
 
 
 def call(model: nn.Module, inputs: Any, name: str = "model") -> Any:
-    """Call `model` on `inputs`. Keywords that it doesn't know are left out; those it needs and lacks are an error."""
+    """Call `model` on `inputs`. Keywords that it doesn't know are left out; inputs it needs and lacks are a `ModelError`."""
     if isinstance(model, Composite):
         return model(inputs)
     if isinstance(inputs, Mapping):
         return model(**_keywords(model, inputs, name))
-    if isinstance(inputs, tuple | list):
-        return model(*inputs)
-    return model(inputs)
+    arguments = inputs if isinstance(inputs, tuple | list) else (inputs,)
+    try:
+        return model(*arguments)
+    except TypeError as error:
+        if problem := _misfit(model, arguments, name):
+            raise ModelError(problem) from error
+        raise
+
+
+def _misfit(model: nn.Module, arguments: Sequence[Any], name: str) -> Problem | None:
+    """How the number of arguments doesn't fit `forward`; None where it does, or where its signature isn't known."""
+    try:
+        signature = inspect.signature(model.forward)
+        signature.bind(*arguments)
+    except TypeError:
+        wrong = f"takes the inputs {list(signature.parameters)}, but gets {len(arguments)} by position"
+        return Problem(name, wrong, "give a tuple of them, a mapping by keyword, or each model its own: {model name: inputs}")
+    except ValueError:
+        return None
+    return None
 
 
 def _keywords(model: nn.Module, inputs: Mapping[str, Any], name: str) -> dict[str, Any]:
