@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from interfuse.models import load_model as load_model
     from interfuse.modules.ensemble import Ensemble as Ensemble
     from interfuse.modules.fused import ModelFusion as ModelFusion
+    from interfuse.pipeline import load_run as load_run
     from interfuse.pipeline import run as run
     from interfuse.registry import register as register
     from interfuse.report.html import write_report as write_report
@@ -50,6 +51,7 @@ _HOME = {
     "load": "saving",
     "load_data": "data",
     "load_model": "models",
+    "load_run": "pipeline",
     "merge": "engine.merge",
     "predict": "inference.predict",
     "register": "registry",

@@ -290,7 +290,7 @@ def _given(members: list[dict[str, Any]], models: Any, trust_code: bool) -> dict
                     Problem(
                         f"models[{name!r}]",
                         "missing",
-                        f"it was saved without its code: give a {member.get('class', 'network')}",
+                        f"it was saved without its code: give a {member.get('class', 'network')} (or use load_run)",
                     )
                 )
         except UserError as error:

@@ -59,6 +59,7 @@ PUBLIC = [
     "load",
     "load_data",
     "load_model",
+    "load_run",
     "merge",
     "predict",
     "register",

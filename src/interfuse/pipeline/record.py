@@ -119,8 +119,8 @@ def _card(recipe: Recipe, record: RunRecord) -> str:
         parts.append("\n".join(["## Quality", "", *(f"- {line}" for line in record.scores())]))
     parts.append(f"## Recipe\n\n```yaml\n{as_yaml(recipe)}```")
     parts.append(
-        "## Use\n\n```python\nfrom interfuse.pipeline import load_run\n\n"
-        'model = load_run("this-folder")  # trust_code=True where the recipe names code that you trust\n```'
+        "## Use\n\n```python\nimport interfuse as itf\n\n"
+        'model = itf.load_run("this-folder")  # trust_code=True where the recipe names code that you trust\n```'
     )
     if record.papers:
         parts.append("\n".join(["## Sources", "", *(f"- {paper}" for paper in record.papers)]))
