@@ -368,7 +368,7 @@ def test_networks_that_cannot_read_the_data_are_named_together(work: Path) -> No
         run(fusion(models=[net("mlp"), "python:oddnets:flat", "python:oddnets:two"]), "out", trust_code=True, progress=False)
     flat, two = map(str, caught.value.problems)
     assert flat.startswith("models[1] (flat): can't read the data, float32 [2, 1, 6, 6]: RuntimeError: mat1 and mat2 shapes")
-    assert two.startswith("models[2] (two): can't read the data")
+    assert two.startswith("models[2] (two): takes the inputs ['input1', 'input2'], but gets 1 by position")
     assert not (work / "out").exists()
     sys.modules.pop("oddnets", None)
 

@@ -25,7 +25,7 @@ def try_networks(networks: Mapping[str, nn.Module], data: Data) -> None:
             with quiet(network), torch.no_grad():
                 call(network, given, name)
         except UserError as error:
-            problems += [Problem(f"models[{i}] ({name})", str(problem)) for problem in error.problems]
+            problems += [Problem(f"models[{i}] ({name})", problem.wrong, problem.allowed) for problem in error.problems]
         except Exception as error:  # whatever the network's own code raises
             wrong = f"can't read the data, {_shapes(given)}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
             problems.append(Problem(f"models[{i}] ({name})", wrong, "data of the shape that the network was made for"))
