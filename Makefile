@@ -22,7 +22,7 @@ $(VENV)/dev: $(VENV)/base
 	touch $@ $(VENV)/demo
 
 demo: $(VENV)/demo
-	$(BIN)/interfuse demo --out $(OUT)
+	$(BIN)/interfuse demo --out $(OUT) --overwrite
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest

@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import interfuse
 from interfuse.errors import Problem, RecipeError
@@ -103,3 +105,35 @@ def test_what_the_options_say_of_defaults_is_so() -> None:
 
     given = inspect.signature(ModelFusion).parameters
     assert (given["pool"].default, given["residual"].default, given["dim"].default) == ("mean", True, None)
+
+
+def test_the_readme_s_python_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ten lines, with small networks and random images in place of the reader's."""
+    block = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+
+    def resnet() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+    def vit() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+
+    images = torch.rand(40, 1, 8, 8)
+    data = (images, torch.arange(40) % 10)
+    names: dict[str, Any] = {
+        "resnet": resnet(),
+        "fresh_resnet": resnet(),
+        "finetune_a": resnet(),
+        "finetune_b": resnet(),
+        "vit": vit(),
+        "fresh_vit": vit(),
+        "images": images,
+        "train": data,
+        "validation": data,
+        "test": data,
+    }
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "report.html").exists()
+    assert names["weights"].shape == (40, 2)
+    assert names["merged"](images).shape == names["logits"].shape == (40, 10)
+    assert [row.name for row in names["table"].rows] == ["resnet", "vit", "fusion"]
