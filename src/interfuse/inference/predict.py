@@ -60,7 +60,7 @@ def predict(
 
 def _one(model: nn.Module, batch: Any, device: torch.device, *, from_readings: bool) -> Row:
     inputs, targets = batch if from_readings else split_batch(batch)
-    inputs = [type(r)(*move(tuple(r), device)) for r in inputs] if from_readings else move(inputs, device)
+    inputs = move(inputs, device)
     weights = None
     if isinstance(model, ModelFusion):
         outputs, weights = model.fuse(inputs, True) if from_readings else model(inputs, True)

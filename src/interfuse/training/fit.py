@@ -287,18 +287,12 @@ def _start(loop: Loop, loaders: Loaders) -> tuple[str, dict[str, float] | None]:
         if fusion is not None:
             fusion.start_from(name)
         with quiet(model):
-            parts = [forward(model, _moved(batch, place), from_readings=loop.from_readings) for batch in source]
+            parts = [forward(model, move(batch, place), from_readings=loop.from_readings) for batch in source]
         found[name] = measure(parts, loop.loss, loop.metric)
     best = max(names, key=lambda name: rank(found[name], loop.metric))
     if fusion is not None:
         fusion.start_from(best)
     return best, found[best] if validation is not None else None
-
-
-def _moved(batch: Any, place: torch.device) -> Any:
-    if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], list):
-        return [type(r)(*move(tuple(r), place)) for r in batch[0]], move(batch[1], place)
-    return move(batch, place)
 
 
 def _callbacks(callbacks: Sequence[Any], checkpoints: str | Path | None, progress: bool) -> list[Any]:
