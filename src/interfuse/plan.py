@@ -17,7 +17,7 @@ from typing import Any, Literal
 from interfuse import registry
 from interfuse.checkpoints.source import Checkpoint, TensorSpec
 from interfuse.errors import CheckpointError, OptionError, Problem, UserError, nearest
-from interfuse.methods.combination import Combination
+from interfuse.methods.forms import Combination
 
 #: The types that are merged by arithmetic, by both of their names.
 FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -13,7 +13,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
@@ -30,6 +30,10 @@ _HOMES: dict[Level, str] = {
     "outputs": "interfuse.modules",
 }
 
+#: Marks, in an option's annotation `Annotated[tuple[float, ...], EACH, Field(...)]`, that it has one value a model. The
+#: field's bounds are each value's; a default of one value, `(1.0,)`, is every model's.
+EACH = "one value a model"
+
 _METHODS: dict[tuple[Level, str], Method] = {}
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -43,6 +47,8 @@ class Method:
     make: Callable[..., Any]
     paper: str
     needs: str
+    form: str = ""
+    of: str = ""
 
     @property
     def summary(self) -> str:
@@ -54,14 +60,23 @@ class Method:
         """The options as a pydantic model, read off the keyword-only arguments."""
         target = self.make.__init__ if inspect.isclass(self.make) else self.make
         hints = typing.get_type_hints(target, include_extras=True)
-        fields: dict[str, Any] = {
-            name: (hints.get(name, Any), ... if parameter.default is parameter.empty else parameter.default)
-            for name, parameter in inspect.signature(target).parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY
-        }
+        fields: dict[str, Any] = {}
+        for name, parameter in inspect.signature(target).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                hint, default = hints.get(name, Any), parameter.default
+                if EACH in getattr(hint, "__metadata__", ()):
+                    one = typing.get_args(hint.__origin__)[0]
+                    hint = functools.reduce(lambda kind, more: Annotated[kind, more], hint.__metadata__, one)
+                    default = default if default is parameter.empty else default[0]
+                fields[name] = (hint, ... if default is parameter.empty else default)
         # An option whose name Python reserves ("lambda") is an alias of its argument ("lambda_"); both are taken.
         config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, populate_by_name=True, strict=True)
         return create_model(self.name, __config__=config, **fields)
+
+    @functools.cached_property
+    def each(self) -> tuple[str, ...]:
+        """The options that have one value a model."""
+        return tuple(name for name, field in self.options.model_fields.items() if EACH in field.metadata)
 
     def check(self, values: Mapping[str, Any], path: str = "parameters") -> dict[str, Any]:
         """The options by argument, with defaults filled in, or an `OptionError` with every unknown name and bad value."""
@@ -117,16 +132,20 @@ def rule(item: Mapping[str, Any]) -> str:
     return text.format(**item.get("ctx", {}))
 
 
-def register(name: str, level: Level, *, paper: str = "", needs: str = "") -> Callable[[_F], _F]:
+def register(
+    name: str, level: Level, *, form: str = "", of: str = "deltas", paper: str = "", needs: str = ""
+) -> Callable[[_F], _F]:
     """Write a method down under `name`; the decorated function or class is returned unchanged.
 
-    `paper` is the source to cite, `needs` what the method asks for beyond models ("a base", "training data").
+    `form` says what a weight method is given and gives (`interfuse.methods.forms`), and `of` whether its Gram matrix is
+    that of the `deltas` from the base or that of the `models`. `paper` is the source to cite, `needs` what the method
+    asks for beyond models ("a base", "training data").
     """
 
     def write_down(make: _F) -> _F:
         if (level, name) in _METHODS and _METHODS[level, name].make is not make:
             raise OptionError(Problem(f"register({name!r}, {level!r})", "the name is taken", "choose another name"))
-        _METHODS[level, name] = Method(name, level, make, paper, needs)
+        _METHODS[level, name] = Method(name, level, make, paper, needs, form, of)
         return make
 
     return write_down

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from interfuse import registry
 from interfuse.errors import OptionError
 from interfuse.methods.average import linear
-from interfuse.methods.combination import Combination
+from interfuse.methods.forms import Combination
 from interfuse.methods.task_vectors import task_arithmetic
 
 WEIGHTS = st.lists(st.floats(-3, 3, allow_subnormal=False), min_size=1, max_size=5)

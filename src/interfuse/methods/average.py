@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from interfuse.methods.combination import Combination, Normalize, normalized
+from interfuse.methods.forms import Combination, Normalize, normalized
 from interfuse.registry import register
 
 
-@register("linear", "weights", paper="https://arxiv.org/abs/2203.05482")
+@register("linear", "weights", form="coefficients", paper="https://arxiv.org/abs/2203.05482")
 def linear(weights: Sequence[float], *, normalize: Normalize = True) -> Combination:
     """Weighted average of the models: sum w_i t_i / sum w_i, without the division where `normalize` is false.
 

@@ -8,13 +8,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from interfuse.methods.combination import Combination, Normalize, normalized
+from interfuse.methods.forms import Combination, Normalize, normalized
 from interfuse.registry import register
 
 _SCALE = "What the sum of task vectors is multiplied by; 0 gives the base."
 
 
-@register("task_arithmetic", "weights", paper="https://arxiv.org/abs/2212.04089", needs="a base")
+@register("task_arithmetic", "weights", form="coefficients", paper="https://arxiv.org/abs/2212.04089", needs="a base")
 def task_arithmetic(
     weights: Sequence[float],
     *,
