@@ -39,7 +39,7 @@ class _Member(BaseModel):
     name: str
     reference: str | None
     stored: bool
-    sha256: str | None = None
+    xxh3: str | None = None
 
 
 class _Tap(BaseModel):
@@ -114,7 +114,7 @@ def write_model(model: nn.Module, folder: Path, *, backbones: Literal["reference
     for k, member in enumerate(description.get("members", [])):
         network: nn.Module = model.backbones[k]  # type: ignore[index, assignment]
         if backbones == "reference" and _can_be_had_again(network, member["reference"]):
-            member |= {"stored": False, "sha256": open_checkpoint(network).hash()}
+            member |= {"stored": False, "xxh3": open_checkpoint(network).hash()}
             by_reference.append(f"backbones.{k}.")
     tensors, description["shared"] = _distinct(model, tuple(by_reference))
     with TensorWriter(folder / TENSORS, {name: spec_of(t) for name, t in tensors.items()}, {"format": "pt"}) as writer:
@@ -365,7 +365,7 @@ def _changed(model: nn.Module, members: Sequence[dict[str, Any]]) -> list[Proble
             f"models[{member['name']!r}]", f"{member['reference']} has changed since this was saved", "give the same weights"
         )
         for member, network in zip(members, model.backbones if members else (), strict=True)  # type: ignore[arg-type]
-        if not member["stored"] and open_checkpoint(network).hash() != member["sha256"]
+        if not member["stored"] and open_checkpoint(network).hash() != member["xxh3"]
     ]
 
 

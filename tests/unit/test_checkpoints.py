@@ -133,13 +133,14 @@ def test_transposed_memory_is_read_in_row_major_order() -> None:
         assert next(checkpoint.blocks("t")).tolist() == [0, 3, 1, 4, 2, 5]
 
 
-def test_a_file_is_read_in_blocks_of_one_buffer(tmp_path: Path) -> None:
+def test_a_file_is_read_in_blocks_that_are_mapped(tmp_path: Path) -> None:
     save_file({"t": torch.arange(BLOCK * 2 + 3, dtype=torch.int32)}, tmp_path / "m.safetensors")
     blocks = open_checkpoint(tmp_path / "m.safetensors").blocks("t")
     first = next(blocks)
     assert first[0] == 0
     second = next(blocks)
-    assert np.shares_memory(first, second)
+    assert not first.flags.owndata
+    assert not first.flags.writeable
     assert second[0] == BLOCK
     assert next(blocks).tolist() == [2 * BLOCK, 2 * BLOCK + 1, 2 * BLOCK + 2]
 
@@ -206,10 +207,8 @@ def test_a_file_that_shrinks_after_opening_is_an_error_when_read(tmp_path: Path)
     save_file({"a": torch.ones(300)}, path)
     checkpoint = open_checkpoint(path)
     os.truncate(path, 400)
-    with pytest.raises(CheckpointError, match="ends inside tensor 'a'"):
+    with pytest.raises(CheckpointError, match="changed since it was opened"):
         list(checkpoint.blocks("a"))
-    with pytest.raises(CheckpointError, match="tensor 'a' can't be read"):
-        checkpoint.read("a")
     path.unlink()
     with pytest.raises(CheckpointError, match="can't be read: No such file"):
         list(checkpoint.blocks("a"))

@@ -349,7 +349,7 @@ def test_folders_give_a_folder_with_side_files_and_provenance(tmp_path: Path) ->
     assert [model["weight"] for model in record["models"]] == [0.5, 2]
     assert record["base"]["model"] == str(base)
     assert re.fullmatch("[0-9a-f]{64}", record["plan"])
-    assert len({record["base"]["sha256"], *(model["sha256"] for model in record["models"])}) == 3
+    assert len({record["base"]["xxh3"], *(model["xxh3"] for model in record["models"])}) == 3
     assert record["papers"] == ["https://arxiv.org/abs/2212.04089"]
     assert record["left_out"] == ["checkpoint-5"]
 

@@ -118,7 +118,7 @@ def test_a_fusion_is_trained_evaluated_and_loaded_again(work: Path) -> None:
     about = json.loads((work / "out" / "interfuse.json").read_text())
     assert about["run"]["seed"] == 0
     assert about["run"]["papers"] == ["Bahdanau et al. 2015, arXiv:1409.0473"]
-    assert [len(model["sha256"]) for model in about["run"]["inputs"]["models"]] == [64, 64]
+    assert [len(model["xxh3"]) for model in about["run"]["inputs"]["models"]] == [32, 32]
     assert set(about["run"]["inputs"]["data"]) == {"train", "test"}
     card = (work / "out" / "README.md").read_text()
     assert "# Attention fusion of cnn and mlp" in card
@@ -215,7 +215,7 @@ def test_a_merge_of_files_loads_no_torch(work: Path) -> None:
     a, b = (weights(work / name)["l.weight"] for name in "ab")
     np.testing.assert_allclose(weights(work / "out")["l.weight"], a / 4 + 3 * b / 4, rtol=1e-6)
     about = json.loads((work / "out" / "interfuse.json").read_text())
-    assert about["run"]["inputs"]["models"][0]["sha256"] == about["models"][0]["sha256"]
+    assert about["run"]["inputs"]["models"][0]["xxh3"] == about["models"][0]["xxh3"]
     with pytest.raises(ModelError, match="holds merged weights without their network's code"):
         load_run("out")
 

@@ -7,18 +7,18 @@ nothing here looks at what a tensor means.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
 from interfuse.checkpoints.header import STORAGE, read_header
 from interfuse.checkpoints.header import TensorSpec as TensorSpec
+from interfuse.checkpoints.places import MappedFile, Place, Resident, Stored
 from interfuse.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
@@ -31,66 +31,69 @@ _TORCH_FILES = (".bin", ".pt", ".pth", ".ckpt")
 _NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 
 
-class _Range(NamedTuple):
-    """Where a tensor's bytes begin in which file."""
-
-    path: Path
-    offset: int
-
-
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Named tensors that can be read one at a time. Made by `open_checkpoint`.
+    """Named tensors that can be read in any order, whole or in part. Made by `open_checkpoint`.
 
     `name` is what to call it in messages, `specs` each tensor's type and shape in stored order, `folder` the folder that
-    was opened, with its side files (None for a single file and in memory).
+    was opened, with its side files (None for a single file and in memory). `declared` has the types of tensors that are
+    computed in another one than the model has them in.
     """
 
     name: str
     specs: dict[str, TensorSpec]
     folder: Path | None
-    _places: Mapping[str, _Range | Callable[[], np.ndarray]]
+    places: Mapping[str, Place]
+    declared: Mapping[str, str] = field(default_factory=dict)
+
+    def block(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements `start` to `stop` in row-major order, flat, in the storage type; don't write to it. Thread-safe."""
+        if start >= stop:
+            return np.empty(0, self.specs[name].storage)
+        return self.places[name].block(start, stop)
 
     def read(self, name: str) -> np.ndarray:
         """The whole tensor in its storage type (BF16 as `uint16`), mapped or shared where possible; don't write to it."""
-        spec, place = self.specs[name], self._places[name]
-        if not isinstance(place, _Range):
-            return place()
-        if not spec.count:
-            return np.empty(spec.shape, spec.storage)
-        try:
-            return np.memmap(place.path, spec.storage, "r", place.offset, spec.shape)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(Problem(str(place.path), f"tensor {name!r} can't be read: {error}")) from None
+        spec = self.specs[name]
+        return self.block(name, 0, spec.count).reshape(spec.shape)
 
     def blocks(self, name: str, size: int = BLOCK) -> Iterator[np.ndarray]:
-        """The tensor's elements in row-major order, `size` at a time; a block is valid until the next one is asked for.
+        """The tensor's elements in row-major order, `size` at a time."""
+        count = self.specs[name].count
+        for start in range(0, count, size):
+            yield self.block(name, start, min(start + size, count))
 
-        A file is read into one buffer, so that memory depends on `size` alone.
-        """
-        spec, place = self.specs[name], self._places[name]
-        if not isinstance(place, _Range):
-            flat = place().reshape(-1)
-            for start in range(0, spec.count, size):
-                yield flat[start : start + size]
-            return
-        buffer = np.empty(min(size, spec.count), spec.storage)
-        with _open(place.path) as file:
-            file.seek(place.offset)
-            for start in range(0, spec.count, size):
-                block = buffer[: min(size, spec.count - start)]
-                _fill(file, block, place.path, name)
-                yield block
+    def position(self, name: str) -> tuple[str, int]:
+        """The file and the byte where a tensor begins: what is read in this order is read as the disk has it."""
+        place = self.places[name]
+        return (str(place.file.path), place.offset) if isinstance(place, Stored) else ("", 0)
+
+    def files(self) -> list[MappedFile]:
+        """The files that tensors lie in, in order."""
+        return list(dict.fromkeys(place.file for place in self.places.values() if isinstance(place, Stored)))
 
     def hash(self) -> str:
-        """The SHA-256 of all names, types, shapes and bytes: equal tensors, equal hash, however they are stored."""
-        digest = hashlib.sha256()
-        for name in sorted(self.specs):
-            spec = self.specs[name]
-            digest.update(json.dumps([name, spec.dtype, spec.shape]).encode())
-            for block in self.blocks(name):
-                digest.update(block.view(np.uint8).data)
-        return digest.hexdigest()
+        """The XXH3 of all names, types, shapes and bytes: equal tensors, equal hash, however they are stored."""
+        return hash_of({name: (spec, map(hash_block, self.blocks(name))) for name, spec in self.specs.items()})
+
+
+def hash_block(block: np.ndarray) -> bytes:
+    """The 128-bit XXH3 of a block's bytes; a tensor is hashed in blocks of `BLOCK` elements."""
+    return xxhash.xxh3_128_digest(np.ascontiguousarray(block).view(np.uint8).data)
+
+
+def hash_of(tensors: Mapping[str, tuple[TensorSpec, Iterable[bytes]]]) -> str:
+    """The hash of a checkpoint from its tensors' specs and the hashes of their blocks: 32 hexadecimal digits.
+
+    It tells changed or damaged files; it isn't made to withstand someone who forges them.
+    """
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        spec, blocks = tensors[name]
+        digest.update(json.dumps([name, spec.dtype, spec.shape]).encode())
+        for block in blocks:
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def open_checkpoint(ref: str | Path | torch.nn.Module | Mapping[str, Any] | Checkpoint) -> Checkpoint:
@@ -141,12 +144,13 @@ def _from_file(name: str, path: Path) -> Checkpoint:
     if path.name.endswith(".index.json"):
         return _from_index(name, path)
     if path.suffix == ".safetensors":
+        file = MappedFile(path)
         entries = read_header(path)
         return Checkpoint(
             name,
             {key: entry.spec for key, entry in entries.items()},
             None,
-            {key: _Range(path, entry.offset) for key, entry in entries.items()},
+            {key: Stored(file, entry.offset, entry.spec) for key, entry in entries.items()},
         )
     if path.suffix in _TORCH_FILES:
         from interfuse.checkpoints.tensors import load_file
@@ -172,7 +176,7 @@ def _from_index(name: str, path: Path) -> Checkpoint:
     if problems:
         raise CheckpointError(*problems)
     specs = {key: shards[shard].specs[key] for key, shard in where.items()}
-    return Checkpoint(name, specs, None, {key: shards[shard]._places[key] for key, shard in where.items()})
+    return Checkpoint(name, specs, None, {key: shards[shard].places[key] for key, shard in where.items()})
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -213,7 +217,7 @@ def _module(module: Any) -> Checkpoint:
 
 def _in_memory(name: str, tensors: Mapping[str, Any]) -> Checkpoint:
     specs: dict[str, TensorSpec] = {}
-    places: dict[str, Callable[[], np.ndarray]] = {}
+    places: dict[str, Place] = {}
     problems = []
     for key, value in tensors.items():
         try:
@@ -225,30 +229,14 @@ def _in_memory(name: str, tensors: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(name, specs, None, places)
 
 
-def _array(array: np.ndarray) -> tuple[TensorSpec, Callable[[], np.ndarray]]:
+def _array(array: np.ndarray) -> tuple[TensorSpec, Place]:
     for dtype, storage in STORAGE.items():
         if array.dtype == storage and not dtype.startswith(("BF", "F8")):
-            return TensorSpec(dtype, array.shape), lambda: np.ascontiguousarray(array).reshape(array.shape)
+            return TensorSpec(dtype, array.shape), Resident(lambda: np.ascontiguousarray(array).reshape(array.shape))
     raise CheckpointError(Problem("", f"has dtype {array.dtype}", "use a little-endian number type, or a torch tensor"))
 
 
-def _tensor(value: Any) -> tuple[TensorSpec, Callable[[], np.ndarray]]:
+def _tensor(value: Any) -> tuple[TensorSpec, Place]:
     from interfuse.checkpoints.tensors import spec_of, to_array
 
-    return spec_of(value), lambda: to_array(value)
-
-
-def _open(path: Path) -> io.FileIO:
-    try:
-        return io.FileIO(path)
-    except OSError as error:
-        raise CheckpointError(Problem(str(path), f"can't be read: {error.strerror}")) from None
-
-
-def _fill(file: io.FileIO, block: np.ndarray, path: Path, name: str) -> None:
-    view = block.view(np.uint8).data
-    while view:  # a read may bring less than was asked for
-        got = file.readinto(view)
-        if not got:
-            raise CheckpointError(Problem(str(path), f"ends inside tensor {name!r}", "the file changed: read it again"))
-        view = view[got:]
+    return spec_of(value), Resident(lambda: to_array(value))

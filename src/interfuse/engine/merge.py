@@ -251,7 +251,7 @@ def _replace_dtype(config: Any, name: str) -> bool:
 def provenance(plan: Plan, sources: Sequence[Checkpoint | None]) -> dict[str, Any]:
     """What `interfuse.json` says: enough to run the merge again, and to know that it was these models."""
     method = registry.find(plan.method, "weights")
-    hashes = [{"model": source.name, "sha256": source.hash()} if source else None for source in sources]
+    hashes = [{"model": source.name, "xxh3": source.hash()} if source else None for source in sources]
     return {
         "kind": "merge",
         "method": plan.method,

@@ -216,14 +216,14 @@ def _inputs(recipe: Recipe) -> list[str]:
 
 def _hashed(recipe: Recipe, hashes: Mapping[str, str], merged: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs with their hashes: of the networks as loaded, or as a merge of files found them."""
-    found = {part["model"]: part["sha256"] for part in [merged.get("base"), *merged.get("models", [])] if part}
+    found = {part["model"]: part["xxh3"] for part in [merged.get("base"), *merged.get("models", [])] if part}
     models = []
     for name, entry in zip(names_of(recipe), recipe.models, strict=True):
         about = {"name": name, "model": entry.model, "weights": entry.weights}
-        models.append(about | {"sha256": hashes.get(name) or found.get(entry.model)})
+        models.append(about | {"xxh3": hashes.get(name) or found.get(entry.model)})
     if recipe.base_model is not None:
         sha = hashes.get(" base") or found.get(recipe.base_model)
-        models.append({"name": "base", "model": recipe.base_model, "weights": None, "sha256": sha})
+        models.append({"name": "base", "model": recipe.base_model, "weights": None, "xxh3": sha})
     sources = recipe.data.model_dump(include={"train", "validation", "test"}) if recipe.data is not None else {}
     data = {
         key: {"source": ref, "sha256": hash_source(ref)} for key, ref in sources.items() if isinstance(ref, str)

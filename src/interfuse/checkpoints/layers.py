@@ -1,0 +1,172 @@
+"""Where in its network a tensor stands, read off the names alone: in which layer of which stack, or before or after all.
+
+A stack is what stands before a number that counts up: `model.layers.` in `model.layers.3.mlp.up_proj.weight`. Of nested
+numbers (experts in layers, blocks in stages) the outermost that repeats counts the layers. No architecture is known here,
+and nothing is said of what a tensor does; the rule for tensors outside all stacks is in `side`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+Side = Literal["before", "after"]
+
+#: What stands before a layer's number, where there may be only one layer.
+_LAYER_WORDS = ("layers", "layer", "h", "blocks", "block", "resblocks", "stages", "stage")
+#: Parts of a name that put it after the layers, whatever else is in it.
+_AFTER = (
+    *("lm_head", "head", "heads", "classifier", "score", "pooler", "cls", "fc", "embed_out", "qa_outputs", "predictions"),
+    *("output", "output_layer", "output_projection", "text_projection", "visual_projection", "proj_out", "project_out"),
+    *("logit_scale", "logit_bias", "summary", "vocab_projector", "vocab_transform", "vocab_layer_norm", "pre_classifier"),
+    *("out_proj", "dense_head", "seq_relationship", "last_linear", "bn2", "conv_norm_out", "conv_out"),
+)
+#: Pieces of a part that put a name before the layers, unless one of the parts above is in it.
+_BEFORE = ("embed", "patch", "stem", "pos", "token", "wte", "wpe", "emb_", "pre_", "ln_pre", "norm_pre", "conv1", "bn1")
+#: Pieces of a part that put a name after the layers, unless one of those before it has put it elsewhere.
+_NORMS = ("norm", "ln_")
+#: A level of numbers below one of these isn't a stack: a head of two Linear layers, a list of embeddings.
+_NO_STACK = (*_AFTER, "stem", "embeddings", "embedding", "embed_tokens", "lm_heads", "conv_stem")
+#: Keys of a config that count layers.
+LAYER_KEYS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"),
+    *("num_encoder_layers", "depth", "n_blocks", "num_blocks"),
+)
+
+_NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+_GLUED = re.compile(r"(?:^|\.)[A-Za-z_]+?(\d+)(?=\.\d+(?:\.|$))")  # layer1.0: a stage whose number is part of its name
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers that are counted up. `head` is what stands before the number, `numbers` those that occur, in order."""
+
+    head: str
+    numbers: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """How many layers."""
+        return len(self.numbers)
+
+    @property
+    def consecutive(self) -> bool:
+        """Whether no number is skipped, as in a Sequential with activations between its layers."""
+        return self.numbers[-1] - self.numbers[0] + 1 == len(self.numbers)
+
+    def name(self, layer: int, tail: str) -> str:
+        """The name of a tensor in the layer of that index, from 0."""
+        return f"{self.head}{self.numbers[0] + layer}{tail}"
+
+    def __str__(self) -> str:
+        return self.head.rstrip(".") or "(top)"
+
+
+class Place(NamedTuple):
+    """A tensor's place: in layer `layer`, from 0, of `stack`, where its name ends in `tail`; or on a `side` of all layers."""
+
+    stack: Stack | None
+    layer: int
+    tail: str
+    side: Side | None
+
+    def depth(self, *, compat: bool = False) -> float:
+        """How deep it stands, in [0, 1]: layer/(layers-1), and 1 in a single layer; 0 before all layers, and 1 after.
+
+        `compat` gives 0 after the layers, as mergekit does.
+        """
+        if self.stack is None:
+            return 1.0 if self.side == "after" and not compat else 0.0
+        return self.layer / (self.stack.count - 1) if self.stack.count > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The place of every tensor, in the names' order, and the stacks in the order of their first tensors."""
+
+    places: Mapping[str, Place]
+    stacks: tuple[Stack, ...]
+    tails: Mapping[str, tuple[Mapping[str, str], ...]] = field(repr=False)  # by stack.head: a layer's tails -> names
+
+    def main(self, config: Mapping[str, Any] | None = None) -> Stack | None:
+        """The stack that a config counts, else the one with most layers, else with most tensors a layer."""
+        if not self.stacks:
+            return None
+        counted = [stack for stack in self.stacks if stack.count in config_counts(config).values()]
+        return max(counted or self.stacks, key=lambda stack: (stack.count, len(self.tails[stack.head][0])))
+
+
+def find_layers(names: Iterable[str]) -> Layers:
+    """The stacks of layers in these names, and where each name stands. Linear in the names' length."""
+    names = list(names)
+    levels = {name: _levels(name) for name in names}
+    numbers: dict[str, set[int]] = {}
+    for found in levels.values():
+        for head, number, _ in found:
+            numbers.setdefault(head, set()).add(number)
+    is_stack = {head: _is_stack(head, present) for head, present in numbers.items()}
+    stacks: dict[str, Stack] = {}
+    ranks: dict[str, dict[int, int]] = {}
+    places: dict[str, Place] = {}
+    tails: dict[str, list[dict[str, str]]] = {}
+    for name, found in levels.items():
+        for head, number, tail in found:
+            if is_stack[head]:
+                if head not in stacks:
+                    stack = Stack(head, tuple(sorted(numbers[head])))
+                    stacks[head], ranks[head] = stack, {n: i for i, n in enumerate(stack.numbers)}
+                    tails[head] = [{} for _ in stack.numbers]
+                rank = ranks[head][number]
+                places[name] = Place(stacks[head], rank, tail, None)
+                tails[head][rank][tail] = name
+                break
+        else:
+            places[name] = Place(None, 0, name, side(name))
+    return Layers(places, tuple(stacks.values()), {head: tuple(layers) for head, layers in tails.items()})
+
+
+def side(name: str) -> Side:
+    """On which side of all layers a tensor outside them stands: stored order means nothing, so its name says it.
+
+    After: a part of the name is a head's (`lm_head`, `classifier`, `pooler`, `score`, `fc`, ...), or ends in `_head`. Else
+    before: a part has an embedding's or stem's piece in it (`embed`, `patch`, `stem`, `pos`, `token`, `wte`, `conv1`, ...).
+    Else after: a part is a norm's (`norm`, `ln_f`). Everything else is before.
+    """
+    parts = name.lower().split(".")
+    if any(part in _AFTER or part.endswith("_head") for part in parts):
+        return "after"
+    if any(piece in part for part in parts for piece in _BEFORE):
+        return "before"
+    return "after" if any(piece in part for part in parts for piece in _NORMS) else "before"
+
+
+def config_counts(config: Mapping[str, Any] | None) -> dict[tuple[str, ...], int]:
+    """Every count of layers in a config, by the keys that lead to it, sections like `text_config` included."""
+    found: dict[tuple[str, ...], int] = {}
+    for key, value in (config or {}).items():
+        if key in LAYER_KEYS and type(value) is int:
+            found[key,] = value
+        elif key.endswith("config") and isinstance(value, Mapping):
+            found |= {(key, *path): count for path, count in config_counts(value).items()}
+    return found
+
+
+def _levels(name: str) -> list[tuple[str, int, str]]:
+    """What stands before each number, the number, and what comes after it; from the outermost on."""
+    found = [(name[: m.start(1)], int(m.group(1)), name[m.end(1) :]) for m in _NUMBER.finditer(name)]
+    if found:
+        glued = _GLUED.search(name)
+        if glued and glued.start(1) < len(found[0][0]):
+            return [(name[: glued.start(1)], int(glued.group(1)), name[glued.end(1) :]), *found]
+    return found
+
+
+def _is_stack(head: str, numbers: set[int]) -> bool:
+    words = head.lower().rstrip(".").split(".")
+    if any(word in _NO_STACK or word.endswith("_head") for word in words):
+        return False
+    if head and not head.endswith("."):  # glued to a word: only where it counts up from 0 or 1
+        return len(numbers) > 1 and min(numbers) < 2 and max(numbers) - min(numbers) + 1 == len(numbers)
+    return (len(numbers) > 1 and 0 in numbers) or (words[-1] in _LAYER_WORDS and numbers == {0})

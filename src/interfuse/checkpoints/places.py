@@ -1,0 +1,94 @@
+"""Where a tensor's elements are: mapped from a file, in memory, or computed when asked for. Not what they mean.
+
+A place gives any run of its tensor's elements, to several threads at once; a model that is patched while it is read (an
+adapter, another vocabulary) is a checkpoint with other places.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from interfuse.checkpoints.header import TensorSpec
+from interfuse.errors import CheckpointError, Problem
+
+
+class Place(Protocol):
+    """The elements of one tensor, in row-major order and in the storage type of its spec."""
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        """Elements `start` to `stop`, flat: a view or a fresh array, never to be written to. Any thread may ask."""
+
+
+class MappedFile:
+    """A file that is mapped when it is first read, and that notices when it has been changed since it was opened.
+
+    A class, because many tensors share one mapping. A change is a `CheckpointError`; so is a file that can't be read.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._known = _state(path)
+        self._bytes: np.ndarray | None = None
+        self._lock = threading.Lock()
+
+    def check(self) -> None:
+        """Nothing, or a `CheckpointError` if the file isn't the one that was opened."""
+        if _state(self.path) != self._known:
+            wrong = "changed since it was opened"
+            raise CheckpointError(Problem(str(self.path), wrong, "run again when nothing else writes to it"))
+
+    def view(self, offset: int, nbytes: int) -> np.ndarray:
+        """`nbytes` of the file from `offset` on, as bytes that are mapped, not copied."""
+        self.check()  # for each block: to read past the end of a file that was cut would end the process
+        if self._bytes is None:
+            with self._lock:
+                if self._bytes is None:
+                    self._bytes = _map(self.path)
+        return self._bytes[offset : offset + nbytes]
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: its bytes begin at `offset`."""
+
+    file: MappedFile
+    offset: int
+    spec: TensorSpec
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        """Elements `start` to `stop`, mapped; copied only where the file has them at an odd address."""
+        size = self.spec.storage.itemsize
+        raw = self.file.view(self.offset + start * size, (stop - start) * size).view(self.spec.storage)
+        return raw if raw.flags.aligned else raw.copy()
+
+
+class Resident(NamedTuple):
+    """A tensor in memory, contiguous; `get` gives it, so that what must be copied is copied only when it is read."""
+
+    get: Callable[[], np.ndarray]
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        """Elements `start` to `stop` of the array that `get` gives."""
+        return self.get().reshape(-1)[start:stop]
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise CheckpointError(Problem(str(path), f"can't be read: {error.strerror}")) from None
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _map(path: Path) -> np.ndarray:
+    try:
+        with path.open("rb") as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(Problem(str(path), f"can't be mapped: {error}")) from None
