@@ -24,7 +24,10 @@ _AFTER = (
     *("out_proj", "dense_head", "seq_relationship", "last_linear", "bn2", "conv_norm_out", "conv_out"),
 )
 #: Pieces of a part that put a name before the layers, unless one of the parts above is in it.
-_BEFORE = ("embed", "patch", "stem", "pos", "token", "wte", "wpe", "emb_", "pre_", "ln_pre", "norm_pre", "conv1", "bn1")
+_BEFORE = (
+    *("embed", "patch", "stem", "position", "pos_", "token", "wte", "wpe", "emb_", "pre_", "ln_pre", "norm_pre", "conv1"),
+    *("bn1",),
+)
 #: Pieces of a part that put a name after the layers, unless one of those before it has put it elsewhere.
 _NORMS = ("norm", "ln_")
 #: A level of numbers below one of these isn't a stack: a head of two Linear layers, a list of embeddings.
@@ -36,7 +39,8 @@ LAYER_KEYS = (
 )
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
-_GLUED = re.compile(r"(?:^|\.)[A-Za-z_]+?(\d+)(?=\.\d+(?:\.|$))")  # layer1.0: a stage whose number is part of its name
+#: `layer1.0`, a stage whose number is part of its name, with no number before it.
+_GLUED = re.compile(r"^(?:(?!\d+\.)[^.]*\.)*?[A-Za-z_]+?(\d+)(?=\.\d+(?:\.|$))")
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,19 @@ class Place(NamedTuple):
         return self.layer / (self.stack.count - 1) if self.stack.count > 1 else 1.0
 
 
+_NOWHERE = Place(None, 0, "", None)
+
+
 @dataclass(frozen=True)
 class Layers:
-    """The place of every tensor, in the names' order, and the stacks in the order of their first tensors."""
+    """The place of every tensor, in the names' order, and the stacks in the order of their first tensors.
+
+    `tails` has for each stack's head, layer by layer, what a name ends in there -> the name.
+    """
 
     places: Mapping[str, Place]
     stacks: tuple[Stack, ...]
-    tails: Mapping[str, tuple[Mapping[str, str], ...]] = field(repr=False)  # by stack.head: a layer's tails -> names
+    tails: Mapping[str, tuple[Mapping[str, str], ...]] = field(repr=False)
 
     def main(self, config: Mapping[str, Any] | None = None) -> Stack | None:
         """The stack that a config counts, else the one with most layers, else with most tensors a layer."""
@@ -100,38 +110,40 @@ class Layers:
 
 def find_layers(names: Iterable[str]) -> Layers:
     """The stacks of layers in these names, and where each name stands. Linear in the names' length."""
-    names = list(names)
-    levels = {name: _levels(name) for name in names}
-    numbers: dict[str, set[int]] = {}
-    for found in levels.values():
-        for head, number, _ in found:
-            numbers.setdefault(head, set()).add(number)
-    is_stack = {head: _is_stack(head, present) for head, present in numbers.items()}
-    stacks: dict[str, Stack] = {}
-    ranks: dict[str, dict[int, int]] = {}
-    places: dict[str, Place] = {}
+    places: dict[str, Place] = dict.fromkeys(names, _NOWHERE)
     tails: dict[str, list[dict[str, str]]] = {}
-    for name, found in levels.items():
-        for head, number, tail in found:
-            if is_stack[head]:
-                if head not in stacks:
-                    stack = Stack(head, tuple(sorted(numbers[head])))
-                    stacks[head], ranks[head] = stack, {n: i for i, n in enumerate(stack.numbers)}
-                    tails[head] = [{} for _ in stack.numbers]
-                rank = ranks[head][number]
-                places[name] = Place(stacks[head], rank, tail, None)
-                tails[head][rank][tail] = name
-                break
-        else:
+    stacks: dict[str, Stack] = {}
+    waiting: dict[str, int] = dict.fromkeys(places, 0)  # where to look on for a number; those in no stack yet
+    pattern = _GLUED
+    while waiting:
+        found = {name: m for name, start in waiting.items() if (m := pattern.search(name, start))}
+        numbers: dict[str, set[int]] = {}
+        for name, m in found.items():
+            numbers.setdefault(name[: m.start(1)], set()).add(int(m[1]))
+        ranks = {head: {n: i for i, n in enumerate(sorted(ns))} for head, ns in numbers.items() if _is_stack(head, ns)}
+        stacks |= {head: Stack(head, tuple(ranks[head])) for head in ranks}
+        tails |= {head: [{} for _ in ranks[head]] for head in ranks}
+        waiting = waiting if pattern is _GLUED else {name: m.end() for name, m in found.items()}
+        for name, m in found.items():
+            head = name[: m.start(1)]
+            if head in ranks:
+                layer, tail = ranks[head][int(m[1])], name[m.end(1) :]
+                places[name] = Place(stacks[head], layer, tail, None)
+                tails[head][layer][tail] = name
+                del waiting[name]
+        pattern = _NUMBER
+    for name, place in places.items():
+        if place is _NOWHERE:
             places[name] = Place(None, 0, name, side(name))
-    return Layers(places, tuple(stacks.values()), {head: tuple(layers) for head, layers in tails.items()})
+    order = dict.fromkeys(place.stack.head for place in places.values() if place.stack is not None)
+    return Layers(places, tuple(stacks[head] for head in order), {head: tuple(tails[head]) for head in order})
 
 
 def side(name: str) -> Side:
     """On which side of all layers a tensor outside them stands: stored order means nothing, so its name says it.
 
-    After: a part of the name is a head's (`lm_head`, `classifier`, `pooler`, `score`, `fc`, ...), or ends in `_head`. Else
-    before: a part has an embedding's or stem's piece in it (`embed`, `patch`, `stem`, `pos`, `token`, `wte`, `conv1`, ...).
+    After: a part of the name is a head's (`lm_head`, `classifier`, `pooler`, `fc`, ...), or ends in `_head`. Else
+    before: a part has an embedding's or stem's piece in it (`embed`, `patch`, `stem`, `position`, `token`, `wte`, `conv1`, ...).
     Else after: a part is a norm's (`norm`, `ln_f`). Everything else is before.
     """
     parts = name.lower().split(".")
@@ -153,20 +165,10 @@ def config_counts(config: Mapping[str, Any] | None) -> dict[tuple[str, ...], int
     return found
 
 
-def _levels(name: str) -> list[tuple[str, int, str]]:
-    """What stands before each number, the number, and what comes after it; from the outermost on."""
-    found = [(name[: m.start(1)], int(m.group(1)), name[m.end(1) :]) for m in _NUMBER.finditer(name)]
-    if found:
-        glued = _GLUED.search(name)
-        if glued and glued.start(1) < len(found[0][0]):
-            return [(name[: glued.start(1)], int(glued.group(1)), name[glued.end(1) :]), *found]
-    return found
-
-
 def _is_stack(head: str, numbers: set[int]) -> bool:
     words = head.lower().rstrip(".").split(".")
     if any(word in _NO_STACK or word.endswith("_head") for word in words):
         return False
     if head and not head.endswith("."):  # glued to a word: only where it counts up from 0 or 1
         return len(numbers) > 1 and min(numbers) < 2 and max(numbers) - min(numbers) + 1 == len(numbers)
-    return (len(numbers) > 1 and 0 in numbers) or (words[-1] in _LAYER_WORDS and numbers == {0})
+    return 0 in numbers and (len(numbers) > 1 or words[-1] in _LAYER_WORDS)
