@@ -148,14 +148,12 @@ class Bench:
 
     def mergekit(self, case: Case, python: Path) -> dict[str, Any]:
         """One run of mergekit; its time, memory and error."""
-        command = [
+        command: list[str | Path] = [
             python,
             "-m",
             "mergekit.scripts.run_yaml",
             self._recipe(case),
             self.work / "out",
-            "--random-seed",
-            "0",
             "--quiet",
         ]
         try:
@@ -254,10 +252,10 @@ def _notes(found: dict[str, Any]) -> list[str]:
     about = found["about"]
     notes = [
         '- What must hold stands in brackets. "floor" is plain C that reads the same inputs once and writes one output, on the',
-        "  same threads: `floor.c`. A method that needs sums or ranks of a tensor (slerp, ties, ...) reads it twice.",
-        "- mergekit computes most methods in the recipe's `dtype`, here bfloat16; we compute in float32 and round once. Of equal",
-        "  magnitudes it keeps any, which its error in `ties` and `breadcrumbs` counts; its `sce` weighs models alike where the",
-        "  mean squares of deltas are below 1e-6, as they are here and in most fine-tunes.",
+        "  same threads: `floor.c`. A method that needs sums or ranks of a tensor (slerp, ties) reads it twice.",
+        "- mergekit computes most methods in the recipe's `dtype`, bfloat16; we compute in float32 and round once. Of equal",
+        "  magnitudes it keeps any, which its error in `ties` and `breadcrumbs` counts; its `sce` weighs models alike where",
+        "  the mean squares of deltas are below 1e-6, as they are here and in most fine-tunes.",
     ]
     if disk := found.get("disk"):
         ours, floor = statistics.median(disk["process"]), statistics.median(disk["floor"]) if disk["floor"] else None

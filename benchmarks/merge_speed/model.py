@@ -6,6 +6,7 @@ which is what real bf16 fine-tunes look like; equal magnitudes are what makes ex
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
