@@ -5,4 +5,10 @@ model. They see no tensor; the plan records their numbers and the engine does th
 """
 
 from interfuse.methods import average as average
+from interfuse.methods import balance as balance
+from interfuse.methods import geodesic as geodesic
+from interfuse.methods import knots as knots
+from interfuse.methods import regression as regression
+from interfuse.methods import selection as selection
+from interfuse.methods import spectral as spectral
 from interfuse.methods import task_vectors as task_vectors

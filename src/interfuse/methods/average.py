@@ -1,15 +1,26 @@
-"""Averages of models' weights. Source: Model soups, https://arxiv.org/abs/2203.05482 (the uniform soup is equal weights)."""
+"""Averages of models' weights: by given weights, of equal weights, of a run's checkpoints. None of them needs a base.
+
+Sources: Model soups, https://arxiv.org/abs/2203.05482; averages of a run's checkpoints, https://arxiv.org/abs/1803.05407.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
+from pydantic import Field
+
+from interfuse.errors import OptionError, Problem
 from interfuse.methods.forms import Combination, Normalize, normalized
 from interfuse.registry import register
 
+_SOUPS = "https://arxiv.org/abs/2203.05482"
 
-@register("linear", "weights", form="coefficients", paper="https://arxiv.org/abs/2203.05482")
+Decay = Annotated[float, Field(ge=0, lt=1, description="How much of the average so far is kept at each checkpoint.")]
+
+
+@register("linear", "weights", form="coefficients", paper=_SOUPS)
 def linear(weights: Sequence[float], *, normalize: Normalize = True) -> Combination:
     """Weighted average of the models: sum w_i t_i / sum w_i, without the division where `normalize` is false.
 
@@ -19,3 +30,28 @@ def linear(weights: Sequence[float], *, normalize: Normalize = True) -> Combinat
     if normalize:
         return Combination(0.0, normalized(weights), 1.0)
     return Combination(0.0, tuple(weights), math.fsum(weights))
+
+
+@register("uniform_soup", "weights", form="coefficients", paper=_SOUPS)
+def uniform_soup(weights: Sequence[float]) -> Combination:
+    """Plain average of the models: sum t_i / M, which is `linear` with equal weights.
+
+    Weights that differ are an `OptionError`: they would be ignored. A base takes no part in the sum.
+    """
+    if len(set(weights)) > 1:
+        got = ", ".join(map(str, weights))
+        raise OptionError(Problem("weights", f"got {got}", "a uniform soup weighs all models alike; use linear"))
+    return Combination(0.0, (1 / len(weights),) * len(weights), 1.0)
+
+
+@register("ema", "weights", form="coefficients", paper="https://arxiv.org/abs/1803.05407")
+def ema(weights: Sequence[float], *, decay: Decay) -> Combination:
+    """Exponential moving average of a run's checkpoints, oldest first: s_1 = t_1, s_k = decay s_(k-1) + (1 - decay) t_k.
+
+    Written out, the last of M has 1 - decay, each one before it `decay` times as much, and the first decay^(M-1).
+    `decay` 0 gives the last checkpoint. `weights` multiply these shares, which are then divided by their sum; equal ones
+    change nothing. The paper averages with equal weights, as `uniform_soup` does.
+    """
+    last = len(weights) - 1
+    shares = [decay**last, *((1 - decay) * decay ** (last - k) for k in range(1, last + 1))]
+    return Combination(0.0, normalized([weight * share for weight, share in zip(weights, shares, strict=True)]), 1.0)

@@ -5,7 +5,7 @@ an option marked `EACH`.
 
 | form | the function | gives |
 |---|---|---|
-| `coefficients` | `(weights, *, ...)`, or `(weights, gram, *, ...)` to see the models' geometry | a `Combination` |
+| `coefficients` | `(weights, *, ...)`; also `gram`, the models' geometry, or `depth`, the layer's | a `Combination` |
 | `rule` | `(weights, *, ...)` | a `Rule`: trim, elect, scale, which the engine's kernels run |
 | `blocks` | `(tensor: Blocks, weights, *, ...)` | a function from a `Block` to its merged delta, float32 `[n]` |
 | `matrices` | `(deltas[M, out, in], weights, *, ...)` | the merged delta, `[out, in]` |
@@ -36,16 +36,21 @@ Scale = Annotated[
 ]
 
 
+#: A number, or one for each part of the tensor that has a Gram matrix of its own.
+Coefficient = float | np.ndarray
+
+
 class Combination(NamedTuple):
     """`base * t0 + sum_i models[i] * t_i`, for a base t0 and models t_1..t_M.
 
-    `total` is the sum of all coefficients as the method knows it, 1 for an average: equal models then give themselves
-    to the last bit, which a sum of rounded coefficients wouldn't promise.
+    Each is a number, or an array with the leading axes of the Gram matrix that the method was given. `total` is the sum
+    of all coefficients as the method knows it, 1 for an average: equal models then give themselves to the last bit, which
+    a sum of rounded coefficients wouldn't promise. Where there is no base, t0 = 0 and the models' sum is `total - base`.
     """
 
-    base: float
-    models: tuple[float, ...]
-    total: float
+    base: Coefficient
+    models: tuple[Coefficient, ...]
+    total: Coefficient
 
 
 class Trim(NamedTuple):
