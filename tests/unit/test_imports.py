@@ -24,6 +24,7 @@ models
 modules
 recipe
 data
+layout
 plan
 engine
 inference
@@ -39,7 +40,20 @@ cli
 APART = ("testing",)
 
 #: Modules that load no torch when they are imported, so that the command line and merges of files start fast.
-LIGHT = ("errors", "extras", "registry", "progress", "cli", "recipe", "checkpoints", "methods", "plan", "engine", "__init__")
+LIGHT = (
+    "errors",
+    "extras",
+    "registry",
+    "progress",
+    "cli",
+    "recipe",
+    "checkpoints",
+    "methods",
+    "layout",
+    "plan",
+    "engine",
+    "__init__",
+)
 LIGHT_EXCEPT = ("checkpoints/tensors.py",)
 HEAVY = ("torch", "lightning", "torchmetrics", "transformers", "datasets", "matplotlib", "jinja2", "PIL", "peft", "mlxtend")
 

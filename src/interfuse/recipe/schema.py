@@ -9,15 +9,38 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic.config import JsonDict, JsonValue
 from pydantic_core import PydanticCustomError
 
+from interfuse.errors import RecipeError
+from interfuse.recipe.references import Reference
 from interfuse.registry import Method, methods
 
+
+def _as_text(value: Any) -> Any:
+    """A reference's mapping form as its text."""
+    if not isinstance(value, dict):
+        return value
+    try:
+        return str(Reference.parse(value))
+    except RecipeError as error:
+        said = "; ".join(str(problem).replace("{", "{{").replace("}", "}}") for problem in error.problems)
+        raise PydanticCustomError("reference", said) from None
+
+
+_TEXT_OR_MAPPING: list[JsonValue] = [{"type": "string", "minLength": 1}, {"type": "object"}]
+_REFERENCE: JsonDict = {"anyOf": _TEXT_OR_MAPPING}
+_REFERENCE_OR_NONE: JsonDict = {"anyOf": [*_TEXT_OR_MAPPING, {"type": "null"}]}
+
 Ref = Annotated[str, Field(min_length=1)]
+ModelRef = Annotated[str, BeforeValidator(_as_text), Field(min_length=1, json_schema_extra=_REFERENCE)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+Parameters = dict[str, Any]
 
 
 def _or_short(kind: str) -> Any:
@@ -42,9 +65,11 @@ class ModelEntry(Section):
 
     model_config = ConfigDict(json_schema_extra=_or_short("string"))
 
-    model: Ref = Field(
+    model: ModelRef = Field(
         description="A folder (transformers, or one that interfuse wrote), a hub id, python:package.module:function "
-        "(needs --trust-code); for a merge also a file of weights."
+        "(needs --trust-code); for a merge also a file of weights, MODEL@REVISION, MODEL+LORA, or {model: {path, revision}, "
+        "lora: {path, revision}}.",
+        json_schema_extra=_REFERENCE,
     )
     name: str | None = Field(
         default=None,
@@ -62,7 +87,7 @@ class ModelEntry(Section):
         description="Whether this model's weights stay as they are. Default: true in a fusion; false for a model alone, "
         "where true trains only the last Linear layer.",
     )
-    parameters: dict[str, Any] = Field(default_factory=dict, description="This model's own options in a merge: {weight: 0.3}.")
+    parameters: Parameters = Field(default_factory=dict, description="This model's own options in a merge: {weight: 0.3}.")
 
     @model_validator(mode="before")
     @classmethod
@@ -72,6 +97,58 @@ class ModelEntry(Section):
         if isinstance(value, dict) and isinstance(value.get("tap"), int) and not isinstance(value["tap"], bool):
             return value | {"tap": str(value["tap"])}  # a module of a Sequential, which YAML reads as a number
         return value
+
+
+class SliceSource(Section):
+    """A range of a model's layers."""
+
+    model: ModelRef = Field(description="The model, as in `models`.", json_schema_extra=_REFERENCE)
+    layer_range: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] = Field(
+        description="The first layer, counted from 0, and the one after the last: [0, 16]."
+    )
+    parameters: Parameters = Field(default_factory=dict, description="This source's own options.")
+
+
+class Slice(Section):
+    """A run of output layers, made of as many layers of each source."""
+
+    sources: Annotated[list[SliceSource], Field(min_length=1)] = Field(description="The ranges of layers that are merged.")
+    parameters: Parameters = Field(default_factory=dict, description="Options for this slice.")
+    base_model: ModelRef | None = Field(
+        default=None, description="In place of the recipe's base.", json_schema_extra=_REFERENCE_OR_NONE
+    )
+    residual_weight: float | None = Field(default=None, description="Accepted, and changes nothing, as in mergekit.")
+
+
+class Module(Section):
+    """A part of a network, merged in its own way: give `slices` or `models`."""
+
+    slices: list[Slice] | None = Field(default=None, description="As the recipe's own, for this part.")
+    models: list[ModelEntry] | None = Field(default=None, description="As the recipe's own, for this part.")
+    parameters: Parameters = Field(default_factory=dict, description="Options for this part.")
+
+
+class TokenRow(Section):
+    """Where a token's rows come from."""
+
+    source: Any = Field(
+        default=None,
+        description="A model, {kind: model_token, model, token or token_id}, or {kind: zero}.",
+        json_schema_extra=_REFERENCE_OR_NONE,
+    )
+    force: bool = Field(default=False, description="Whether models that have the token get this row too.")
+
+
+class Tokenizer(Section):
+    """The output's vocabulary."""
+
+    source: Any = Field(
+        default="union",
+        description="union, base, or a model whose tokenizer is taken.",
+        json_schema_extra=_REFERENCE,
+    )
+    tokens: dict[str, TokenRow] | None = Field(default=None, description="Tokens that are added, or whose rows are chosen.")
+    pad_to_multiple_of: Count | None = Field(default=None, description="The vocabulary's size is rounded up to a multiple.")
 
 
 class Head(Section):
@@ -199,14 +276,49 @@ class Recipe(Section):
         default=None, description="How features or outputs are fused; see `interfuse methods`. Left out: a merge, or one model."
     )
     merge_method: Ref | None = Field(default=None, description="How weights are merged, in mergekit's spelling.")
-    base_model: Ref | None = Field(default=None, description="The common ancestor, for merges of task vectors.")
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_.-]+$",
+        description="In a file of several recipes, what later ones call this one's result.",
+    )
+    base_model: ModelRef | None = Field(
+        default=None,
+        description="The common ancestor, for merges of task vectors.",
+        json_schema_extra=_REFERENCE_OR_NONE,
+    )
     models: list[ModelEntry] = Field(default_factory=list, description="The pool of models, in order.")
-    parameters: dict[str, Any] = Field(default_factory=dict, description="The method's options.")
+    slices: list[Slice] | None = Field(
+        default=None, description="In place of `models`: layers of any models, stacked in this order."
+    )
+    modules: dict[str, Module] | None = Field(
+        default=None,
+        description="In place of `models`: parts of the network by the prefix of their names (vision_tower, text_decoder, "
+        "encoder, ...). What is in none of them is taken as it is from the base, else from the first model.",
+    )
+    parameters: Parameters = Field(default_factory=dict, description="The method's options.")
+    drop: list[str] | None = Field(
+        default=None,
+        description="Tensors that are left out wherever they occur: patterns as in a filter.",
+    )
+    keep: list[str] | None = Field(
+        default=None,
+        description="Tensors that aren't merged but taken as they are from the base, else from the first model that has them.",
+    )
     head: Head | None = Field(
         default=None, description="The outputs of a fusion; left out, the data's classes, or one for each value to predict."
     )
     dtype: Ref | None = Field(default=None, description="The type of a merge's inputs, and the output's default.")
     out_dtype: Ref | None = Field(default=None, description="The type that a merge is written in.")
+    int8_mask: bool | None = Field(default=None, description="Accepted, and changes nothing.")
+    tokenizer_source: Any = Field(
+        default=None,
+        description="base, union, or a model whose tokenizer the output gets.",
+        json_schema_extra=_REFERENCE_OR_NONE,
+    )
+    tokenizer: Tokenizer | None = Field(default=None, description="More about the output's vocabulary.")
+    chat_template: Ref | None = Field(
+        default=None, description="The output's chat template: auto (the models' most frequent), a known name, or Jinja."
+    )
     data: DataSection | None = Field(default=None, description="The data sets.")
     training: Training | None = Field(default=None, description="How to train.")
     evaluate: Evaluate | None = Field(default=None, description="How to score on data.test.")
@@ -241,6 +353,11 @@ class Wide(Section):
 #: The sections below the top, by key: where an unknown key is looked up.
 SECTIONS: dict[str, type[Section]] = {
     "models": ModelEntry,
+    "slices": Slice,
+    "sources": SliceSource,
+    "modules": Module,
+    "tokenizer": Tokenizer,
+    "tokens": TokenRow,
     "head": Head,
     "data": DataSection,
     "training": Training,
