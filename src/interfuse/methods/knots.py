@@ -36,15 +36,15 @@ def knots(
     """Deltas [M, out, in] merged by TIES, DARE or linearly in their shared directions: lambda U merge(S V_i').
 
     Weights count in the merge, not in finding the directions. `combine: linear` is the weighted mean of the deltas, or
-    their sum where `normalize` is false; it has no use for `density`. Densities are shares of joint rank * in entries. Memory: 5 float64 copies of all
-    deltas.
+    their sum where `normalize` is false; it has no use for `density`. Densities are shares of joint rank * in entries.
+    Memory: 5 float64 copies of all deltas.
     """
     basis, aligned = align(deltas)
     merged = merge_aligned(aligned, weights, combine=combine, density=density, normalize=normalize, seed=seed)
     return like(lambda_ * (basis @ merged), deltas)
 
 
-def align(deltas: Sequence[Array]) -> tuple[Array, list[Array]]:
+def align(deltas: Sequence[Array] | Array) -> tuple[Array, list[Array]]:
     """U [out, r] and the M aligned parts S V_i' [r, in] of deltas [out, in], with r their joint rank; in float64.
 
     U has orthonormal columns, and U @ part i is delta i.

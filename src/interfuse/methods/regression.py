@@ -63,7 +63,7 @@ def ace(deltas: Array, weights: Sequence[float], *, lambda_: Scale = 1.0, prior:
     return like(lambda_ * regress(deltas, map(_row_covariance, deltas), weights, prior=prior), deltas)
 
 
-def regress(targets: Sequence[Array], grams: Iterable[Array], weights: Sequence[float], *, prior: float) -> Array:
+def regress(targets: Sequence[Array] | Array, grams: Iterable[Array], weights: Sequence[float], *, prior: float) -> Array:
     """W* of the module's formula, [out, in] in float64, for targets [out, in] and their C_i, [in, in], positive semidefinite.
 
     `grams` is gone through once, so that it may make them on the way. Where all are 0 it's the weighted mean. A negative
@@ -105,7 +105,7 @@ def solve_positive(matrix: Array, right: Array) -> Array:
     return solution
 
 
-def _mean(targets: Sequence[Array], weights: Sequence[float]) -> Array:
+def _mean(targets: Sequence[Array] | Array, weights: Sequence[float]) -> Array:
     if min(weights) < 0:
         got = ", ".join(map(str, weights))
         raise OptionError(Problem("weights", f"got {got}", "a regression's weights are at least 0"))

@@ -5,7 +5,7 @@ comes as [out, in * height * width]. A tensor of one axis isn't a matrix: it tak
 deltas, which is `task_arithmetic(weights, lambda_=..., normalize=True)`.
 
 Each runs on NumPy arrays and torch tensors, in float64 within. Beside the deltas it needs memory for 4 (`iso_c`,
-`subspace_boost`) to 6 float64 copies of one matrix, however many models, and LAPACK's workspace of 2 more if it's square. A
+`subspace_boost`) to 7 float64 copies of one matrix, however many models, and LAPACK's workspace of 2 more if it's square. A
 model's weight multiplies its delta before anything else unless said otherwise. Directions whose singular value is zero have
 no vectors of their own, and get nothing here (the papers' codes fill in arbitrary ones).
 On language models these methods often hurt: https://arxiv.org/abs/2511.21437.
