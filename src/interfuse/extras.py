@@ -11,6 +11,7 @@ _EXTRA = {
     "lightning": "train",
     "torchmetrics": "train",
     "transformers": "hub",
+    "tokenizers": "hub",
     "huggingface_hub": "hub",
     "peft": "hub",
     "datasets": "hub",
