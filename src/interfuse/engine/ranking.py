@@ -1,0 +1,162 @@
+"""The block loops of DELLA, compiled by Numba: each entry is kept with a probability that rises with its rank in its row.
+
+Magnitudes are ranked by their upper 16 bits, the exponent and 7 more binary places, and equal ones share their mean rank:
+a difference of two bfloat16 numbers seldom has more places, and a finer order of others moves a probability by next to
+nothing. So ranks come from counting, not from sorting. In a row, what is 16 octaves below the largest counts as one
+magnitude; a row that is longer than a block is counted without that floor. Source: https://arxiv.org/abs/2406.11617.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from interfuse.engine.kernels import CHUNK, as_bits, below, compiled, store
+from interfuse.engine.trimming import deltas_of, mix, size_of, squares_of, vote_of
+
+#: Of all magnitudes, and of a row's.
+BUCKETS, ROW_BUCKETS = 2**15, 2**11
+_0 = np.float32(0)
+
+
+@compiled
+def _ranked(values, chances, key, other, first, divide, n):  # type: ignore[no-untyped-def]
+    """Keep each entry with its own probability; kept ones over it, if `divide`."""
+    high = mix(np.uint32(np.uint32(np.uint64(first) >> np.uint64(32)) + key))
+    low = np.uint32(first)
+    for i in range(n):
+        drawn = mix(np.uint32(mix(np.uint32(np.uint32(low + np.uint32(i)) ^ high)) + other))
+        kept = np.float32(np.int32(drawn >> np.uint32(8))) * np.float32(2**-24) < chances[i]
+        values[i] = values[i] if kept else _0
+    if divide:
+        for i in range(n):
+            values[i] /= chances[i]
+
+
+@compiled
+def _look_up(values, table, lowest, chances, n):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        chances[i] = table[_bucket(values[i], lowest)]
+
+
+@compiled
+def _bucket(value, lowest):  # type: ignore[no-untyped-def]
+    size = np.int32(as_bits(np.float32(abs(value))) >> np.uint32(16))
+    return np.uint32(size - lowest) if size > lowest else np.uint32(0)  # unsigned: Numba needs no check for a negative
+
+
+@compiled
+def _tally(values, lowest, counts, n):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        counts[_bucket(values[i], lowest)] += np.int32(1)
+
+
+@compiled
+def _top(values, n):  # type: ignore[no-untyped-def]
+    """The bucket of the largest magnitude."""
+    top = np.int32(0)
+    for i in range(n):
+        size = np.int32(as_bits(np.float32(abs(values[i]))) >> np.uint32(16))
+        top = max(top, size)
+    return top
+
+
+@compiled
+def count_ranks(addresses, kinds, start, n, lowest, counts, work):  # type: ignore[no-untyped-def]
+    """Add each delta's magnitudes to `counts` `[M, buckets]`; `lowest` is the bucket that its first counter is."""
+    models = len(addresses) - 1
+    for at in range(start, start + n, CHUNK):
+        m = min(CHUNK, start + n - at)
+        deltas_of(addresses, kinds, at, m, work)
+        for k in range(models):
+            _tally(work[k], lowest[k], counts[k], m)
+
+
+@compiled
+def _tops(addresses, kinds, start, n, lowest, work):  # type: ignore[no-untyped-def]
+    """The lowest bucket that a row's counters need, from its largest magnitude."""
+    models = len(addresses) - 1
+    lowest[:] = 0
+    for at in range(start, start + n, CHUNK):
+        m = min(CHUNK, start + n - at)
+        deltas_of(addresses, kinds, at, m, work)
+        for k in range(models):
+            lowest[k] = max(lowest[k], _top(work[k], m))
+    for k in range(models):
+        lowest[k] = max(lowest[k] - (ROW_BUCKETS - 1), 0)
+
+
+@compiled
+def chances_of(counts, densities, spreads, n, table):  # type: ignore[no-untyped-def]
+    """`counts` `[M, buckets]` of a row of `n` to the chances `[M, buckets]`, and the counters back to 0."""
+    for k in range(counts.shape[0]):
+        slope = np.float32(2 * spreads[k] / max(n - 1, 1))
+        least = np.float32(densities[k] - spreads[k] if n > 1 else densities[k])
+        _to_chances(counts[k], least, slope, table[k])
+
+
+@compiled
+def _to_chances(counts, least, slope, table):  # type: ignore[no-untyped-def]
+    twice = np.int32(-1)  # the mean rank of a bucket, doubled
+    for b in range(len(counts)):
+        twice += counts[b]
+        table[b] = least + slope * np.float32(0.5) * np.float32(twice)
+        twice += counts[b]
+        counts[b] = 0
+
+
+@compiled
+def _kept(addresses, kinds, start, n, first, table, lowest, keys, divide, work):  # type: ignore[no-untyped-def]
+    models = len(addresses) - 1
+    deltas_of(addresses, kinds, start, n, work)
+    for k in range(models):
+        _look_up(work[k], table[k], lowest[k], work[models + 1], n)
+        _ranked(work[k], work[models + 1], keys[k, 0], keys[k, 1], first + start, divide, n)
+
+
+@compiled
+def merge_ranked(  # type: ignore[no-untyped-def]
+    addresses, kinds, first, rows, width, densities, spreads, keys, divide, counts, table, lowest, whole, voting,
+    out, out_kind, limit, work,
+):  # fmt: skip
+    """Trim, elect and scale `rows` rows, the first element's index being `first`; whether all results are finite.
+
+    `whole` says that `table` and `lowest` are already those of the whole row, of which these elements are a part.
+    """
+    models = len(addresses) - 1
+    finite = True
+    for row in range(rows):
+        begin = row * width
+        if not whole:
+            _tops(addresses, kinds, begin, width, lowest, work)
+            count_ranks(addresses, kinds, begin, width, lowest, counts, work)
+            chances_of(counts, densities, spreads, width, table)
+        for start in range(begin, begin + width, CHUNK):
+            m = min(CHUNK, begin + width - start)
+            _kept(addresses, kinds, start, m, first, table, lowest, keys, divide, work)
+            vote_of(voting.elect, voting.mean, voting.votes, voting.scales, voting.weights, voting.factor, models, m, work)
+            finite &= below(work[models + 1], limit, m)
+            store(work[models + 1], out, out_kind, start, m)
+    return finite
+
+
+@compiled
+def norms_ranked(  # type: ignore[no-untyped-def]
+    addresses, kinds, first, rows, width, densities, spreads, keys, divide, counts, table, lowest, whole, out, work
+):
+    """Add to `out`, float64 `[M, 3]`, each delta's L1 norm, and its L1 norm and sum of squares once trimmed."""
+    models = len(addresses) - 1
+    for row in range(rows):
+        begin = row * width
+        if not whole:
+            _tops(addresses, kinds, begin, width, lowest, work)
+            count_ranks(addresses, kinds, begin, width, lowest, counts, work)
+            chances_of(counts, densities, spreads, width, table)
+        for start in range(begin, begin + width, CHUNK):
+            m = min(CHUNK, begin + width - start)
+            deltas_of(addresses, kinds, start, m, work)
+            for k in range(models):
+                out[k, 0] += size_of(work[k], m)
+            _kept(addresses, kinds, start, m, first, table, lowest, keys, divide, work)
+            for k in range(models):
+                out[k, 1] += size_of(work[k], m)
+                out[k, 2] += squares_of(work[k], m)

@@ -1,0 +1,333 @@
+"""The block loops of trim -> elect -> scale, compiled by Numba: count magnitudes, trim deltas, let them vote, add them up.
+
+Like `kernels`, on whose chunks they are built. Which entries are kept is exact: a cut is a magnitude and the index up to
+which entries of just that magnitude are kept. Chance is counter-based: whether an entry is kept depends on the tensor's
+and model's key and on the entry's index alone. Sources: TIES https://arxiv.org/abs/2306.01708, DARE
+https://arxiv.org/abs/2311.03099, DELLA https://arxiv.org/abs/2406.11617, SCE https://arxiv.org/abs/2408.07990.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from interfuse.engine.kernels import CHUNK, below, bits_of, compiled, compiled_sum, load, store, subtract
+
+#: How entries are trimmed, as kernels know it.
+ALL, BAND, RANDOM, SHARED = range(4)
+_SCAN = 64
+_0, _1 = np.float32(0), np.float32(1)  # a plain 0 would make the arithmetic float64
+
+
+class Trimming(NamedTuple):
+    """How a kernel trims: arrays with one entry a model. An entry is kept from the low cut on to below the high cut."""
+
+    how: int
+    cuts: np.ndarray  # [M, 2], low and high, in the type of `work`
+    ends: np.ndarray  # int64 [M, 2]: entries at the low cut are kept below this index, at the high cut from this on
+    keys: np.ndarray  # uint32 [M, 2]
+    chances: np.ndarray  # float32 [M]: of being kept
+
+
+class Voting(NamedTuple):
+    """How trimmed deltas become one: arrays with one entry a model, in the type of `work`."""
+
+    elect: bool
+    mean: bool
+    votes: np.ndarray  # what a delta is multiplied by when signs are elected
+    scales: np.ndarray  # and when it is summed
+    weights: np.ndarray  # what a mean divides by
+    factor: float
+
+
+@compiled
+def mix(x):  # type: ignore[no-untyped-def]
+    """A bijection of 32 bits in which each bit of the input reaches every bit of the output."""
+    x = np.uint32(x ^ (x >> np.uint32(16)))
+    x = np.uint32(x * np.uint32(0x21F0AAAD))
+    x = np.uint32(x ^ (x >> np.uint32(15)))
+    x = np.uint32(x * np.uint32(0xD35A2D97))
+    return np.uint32(x ^ (x >> np.uint32(15)))
+
+
+@compiled
+def _random(values, key, other, first, chance, n):  # type: ignore[no-untyped-def]
+    """Keep each entry with probability `chance`, by two rounds of `mix` on its index."""
+    high = mix(np.uint32(np.uint32(np.uint64(first) >> np.uint64(32)) + key))
+    low = np.uint32(first)
+    for i in range(n):
+        drawn = mix(np.uint32(mix(np.uint32(np.uint32(low + np.uint32(i)) ^ high)) + other))
+        kept = np.float32(np.int32(drawn >> np.uint32(8))) * np.float32(2**-24) < chance
+        values[i] = values[i] if kept else _0
+
+
+@compiled
+def _band(values, cuts, ends, first, n):  # type: ignore[no-untyped-def]
+    """Keep the entries whose magnitude is from the low cut on to below the high one."""
+    low, high = cuts[0], cuts[1]
+    until = np.int32(min(max(ends[0] - first, 0), n))
+    since = np.int32(min(max(ends[1] - first, 0), n))
+    for i in range(n):
+        score, place = abs(values[i]), np.int32(i)
+        above = (score > low) | ((score == low) & (place < until))
+        inside = (score < high) | ((score == high) & (place >= since))
+        values[i] = values[i] if above & inside else _0
+
+
+@compiled
+def _shared(values, scores, cuts, ends, first, n):  # type: ignore[no-untyped-def]
+    """Keep the entries whose score, in another chunk, is from the low cut on."""
+    low, until = cuts[0], np.int32(min(max(ends[0] - first, 0), n))
+    for i in range(n):
+        kept = (scores[i] > low) | ((scores[i] == low) & (np.int32(i) < until))
+        values[i] = values[i] if kept else _0
+
+
+@compiled
+def _variance(deltas, models, mean, out, n):  # type: ignore[no-untyped-def]
+    """The variance over the models at each place."""
+    for i in range(n):
+        mean[i] = 0
+        out[i] = 0
+    for k in range(models):
+        for i in range(n):
+            mean[i] += deltas[k, i]
+    for i in range(n):
+        mean[i] /= models
+    for k in range(models):
+        for i in range(n):
+            out[i] += (deltas[k, i] - mean[i]) * (deltas[k, i] - mean[i])
+
+
+@compiled
+def deltas_of(addresses, kinds, start, n, work):  # type: ignore[no-untyped-def]
+    """The base into `work[M]`, and the models' differences from it into `work[:M]`."""
+    models = len(addresses) - 1
+    load(work[models], addresses[0], kinds[0], start, n)
+    for k in range(models):
+        load(work[k], addresses[k + 1], kinds[k + 1], start, n)
+        subtract(work[k], work[models], n)
+
+
+@compiled
+def _trim(how, cuts, ends, keys, chances, models, first, n, work):  # type: ignore[no-untyped-def]
+    """Set to 0 the entries of `work[:M]` that aren't kept."""
+    if how == BAND:
+        for k in range(models):
+            _band(work[k], cuts[k], ends[k], first, n)
+    elif how == RANDOM:
+        for k in range(models):
+            _random(work[k], keys[k, 0], keys[k, 1], first, chances[k], n)
+    elif how == SHARED:
+        _variance(work, models, work[models + 2], work[models + 1], n)
+        for k in range(models):
+            _shared(work[k], work[models + 1], cuts[k], ends[k], first, n)
+
+
+@compiled
+def vote_of(elect, mean, votes, scales, weights, factor, models, n, work):  # type: ignore[no-untyped-def]
+    """The base plus the elected, scaled sum of `work[:M]`, into `work[M + 1]`."""
+    base, result, sign, divisor = work[models], work[models + 1], work[models + 2], work[models + 3]
+    for i in range(n):
+        result[i] = 0
+    if elect:
+        _elect(votes, models, sign, n, work)
+        for i in range(n):
+            divisor[i] = 0
+        for k in range(models):
+            _add_agreeing(work[k], sign, votes[k], scales[k], weights[k], result, divisor, n)
+        if mean:
+            for i in range(n):
+                result[i] /= divisor[i] if divisor[i] != 0 else _1
+    else:
+        for k in range(models):
+            _add(work[k], scales[k], result, n)
+    for i in range(n):
+        result[i] = base[i] + factor * result[i]
+
+
+@compiled
+def _elect(votes, models, sign, n, work):  # type: ignore[no-untyped-def]
+    """1 where the weighted sum is 0 or more, else -1."""
+    for i in range(n):
+        sign[i] = 0
+    for k in range(models):
+        _add(work[k], votes[k], sign, n)
+    for i in range(n):
+        sign[i] = _1 if sign[i] >= 0 else -_1
+
+
+@compiled
+def _add(values, scale, result, n):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        result[i] += scale * values[i]
+
+
+@compiled
+def _add_agreeing(values, sign, vote, scale, weight, result, divisor, n):  # type: ignore[no-untyped-def]
+    """Add what has the elected sign, and its weight."""
+    one = _1 if vote > 0 else -_1 if vote < 0 else _0
+    for i in range(n):
+        agrees = values[i] * sign[i] * one > 0
+        result[i] += scale * values[i] if agrees else _0
+        divisor[i] += weight if agrees else _0
+
+
+@compiled
+def merge_rule(addresses, kinds, first, n, trimming, voting, out, out_kind, limit, work):  # type: ignore[no-untyped-def]
+    """Trim, elect and scale a block whose first element has the index `first`; whether all results are finite."""
+    models = len(addresses) - 1
+    finite = True
+    for start in range(0, n, CHUNK):
+        m = min(CHUNK, n - start)
+        deltas_of(addresses, kinds, start, m, work)
+        _trim(trimming.how, trimming.cuts, trimming.ends, trimming.keys, trimming.chances, models, first + start, m, work)
+        vote_of(voting.elect, voting.mean, voting.votes, voting.scales, voting.weights, voting.factor, models, m, work)
+        finite &= below(work[models + 1], limit, m)
+        store(work[models + 1], out, out_kind, start, m)
+    return finite
+
+
+@compiled
+def norms(addresses, kinds, first, n, trimming, out, work):  # type: ignore[no-untyped-def]
+    """Add to `out`, float64 `[M, 3]`, each delta's L1 norm, and its L1 norm and sum of squares once trimmed."""
+    models = len(addresses) - 1
+    for start in range(0, n, CHUNK):
+        m = min(CHUNK, n - start)
+        deltas_of(addresses, kinds, start, m, work)
+        for k in range(models):
+            out[k, 0] += size_of(work[k], m)
+        _trim(trimming.how, trimming.cuts, trimming.ends, trimming.keys, trimming.chances, models, first + start, m, work)
+        for k in range(models):
+            out[k, 1] += size_of(work[k], m)
+            out[k, 2] += squares_of(work[k], m)
+
+
+@compiled_sum
+def size_of(values, n):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for i in range(n):
+        total += np.float64(abs(values[i]))
+    return total
+
+
+@compiled_sum
+def squares_of(values, n):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for i in range(n):
+        total += np.float64(values[i]) * np.float64(values[i])
+    return total
+
+
+@compiled
+def _scores(addresses, kinds, shared, start, n, work):  # type: ignore[no-untyped-def]
+    """What entries are chosen by, into `work[:M]`: the deltas, or into `work[0]` alone their variance."""
+    models = len(addresses) - 1
+    deltas_of(addresses, kinds, start, n, work)
+    if shared:
+        _variance(work, models, work[models + 2], work[models + 1], n)
+        for i in range(n):
+            work[0, i] = work[models + 1, i]
+
+
+@compiled
+def sample(addresses, kinds, shared, stride, out, work):  # type: ignore[no-untyped-def]
+    """Runs of 16 scores each `stride` elements, into `out` `[channels, S]`, as magnitudes."""
+    channels = out.shape[0]
+    for run in range(out.shape[1] // 16):
+        _scores(addresses, kinds, shared, run * stride, 16, work)
+        for c in range(channels):
+            for i in range(16):
+                out[c, 16 * run + i] = abs(work[c, i])
+
+
+@compiled
+def count(addresses, kinds, n, shared, model, brackets, inside, found, work):  # type: ignore[no-untyped-def]
+    """How the magnitudes of a block stand to a bracket each: `model[c]` says whose, `brackets[c]` is low and high.
+
+    `found[c]` becomes how many are above high, at high, at low, and between: the last are kept in `inside[c]`, as far as
+    they fit; one more than it holds says that they didn't. A bracket with low = high has all its entries at high.
+    """
+    found[:] = 0
+    room = inside.shape[1]
+    for start in range(0, n, CHUNK):
+        m = min(CHUNK, n - start)
+        _scores(addresses, kinds, shared, start, m, work)
+        for c in range(len(model)):
+            scores, low, high = work[model[c]], brackets[c, 0], brackets[c, 1]
+            above, top, bottom, between = _compare(scores, low, high, m)
+            found[c, 0] += above
+            found[c, 1] += top
+            found[c, 2] += bottom
+            if between:
+                if found[c, 3] + between <= room:
+                    found[c, 3] += _collect(scores, low, high, m, inside[c, found[c, 3] :])
+                else:
+                    found[c, 3] = room + 1
+
+
+@compiled
+def _compare(scores, low, high, n):  # type: ignore[no-untyped-def]
+    above, top, bottom = np.int32(0), np.int32(0), np.int32(0)
+    below_all = np.int32(0)
+    for i in range(n):
+        score = abs(scores[i])
+        above += np.int32(score > high)
+        top += np.int32(score == high)
+        bottom += np.int32(score == low)
+        below_all += np.int32(score < low)
+    bottom = np.int32(0) if low == high else bottom
+    return above, top, bottom, np.int32(n) - above - top - bottom - below_all
+
+
+@compiled
+def _collect(scores, low, high, n, out):  # type: ignore[no-untyped-def]
+    """The magnitudes that are between the two, in order; how many."""
+    at = 0
+    for start in range(0, n, _SCAN):
+        stop = min(start + _SCAN, n)
+        some = np.int32(0)
+        for i in range(start, stop):
+            score = abs(scores[i])
+            some += np.int32((score > low) & (score < high))
+        if some:
+            for i in range(start, stop):
+                score = abs(scores[i])
+                if (score > low) & (score < high):
+                    out[at] = score
+                    at += 1
+    return at
+
+
+@compiled
+def histogram(addresses, kinds, n, shared, model, prefixes, shift, width, counts, work):  # type: ignore[no-untyped-def]
+    """Add to `counts` `[C, 2^width]` the magnitudes by the `width` bits of theirs from `shift` up, below a prefix each.
+
+    Magnitudes are seen as their bits, which are ordered as they are. Only those count whose higher bits are the prefix.
+    """
+    mask = np.uint64((1 << width) - 1)
+    for start in range(0, n, CHUNK):
+        m = min(CHUNK, n - start)
+        _scores(addresses, kinds, shared, start, m, work)
+        for c in range(len(model)):
+            scores = np.abs(work[model[c]])
+            for i in range(m):
+                bits = bits_of(scores[i]) >> np.uint64(shift)
+                if bits >> np.uint64(width) == prefixes[c]:
+                    counts[c, bits & mask] += 1
+
+
+@compiled
+def locate(addresses, kinds, n, shared, model, value, nth, work):  # type: ignore[no-untyped-def]
+    """The index in a block of the entry that comes after the first `nth` whose magnitude is just `value`."""
+    seen = 0
+    for start in range(0, n, CHUNK):
+        m = min(CHUNK, n - start)
+        _scores(addresses, kinds, shared, start, m, work)
+        for i in range(m):
+            if abs(work[model, i]) == value:
+                if seen == nth:
+                    return start + i
+                seen += 1
+    return n
