@@ -210,6 +210,12 @@ def test_magnitudes_are_summed_exactly(values: list[float], length: int) -> None
     assert exact.magnitudes(blocks_of(rows, length)(), 1).tolist() == [expected]
 
 
+def test_magnitudes_below_the_normal_range_are_summed_exactly() -> None:
+    row = np.array([[1e-42, -1e-45, 2e-38]], np.float32)
+    for part in (row, row[:, :2]):
+        assert exact.magnitudes([part], 1).tolist() == [abs(part.astype(np.float64)).sum()]
+
+
 def test_magnitudes_that_are_not_finite_are_nan() -> None:
     assert np.isnan(exact.magnitudes([np.array([[1, np.inf], [np.nan, 1]], np.float32)], 2)).all()
     assert exact.magnitudes([], 2).tolist() == [0, 0]
