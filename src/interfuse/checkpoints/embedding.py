@@ -82,11 +82,12 @@ def with_vocabulary(checkpoint: Checkpoint, rows: np.ndarray, fill: Fill, names:
     problems = [problem for name in names for problem in _unfit(checkpoint, name, rows, fill)]
     if problems:
         raise CheckpointError(*problems)
+    changed = [name for name in names if not np.array_equal(rows, np.arange(_axis(checkpoint.specs[name])[1]))]
+    if not changed:
+        return checkpoint
     specs, places = dict(checkpoint.specs), dict(checkpoint.places)
-    for name in names:
+    for name in changed:
         spec = checkpoint.specs[name]
-        if len(rows) == _axis(spec)[1] and np.array_equal(rows, np.arange(len(rows))):
-            continue
         axis = _axis(spec)[0]
         specs[name] = TensorSpec(spec.dtype, (*spec.shape[:axis], len(rows), *spec.shape[axis + 1 :]))
         places[name] = Remapped(checkpoint, name, rows, fill)

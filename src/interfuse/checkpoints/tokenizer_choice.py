@@ -31,7 +31,7 @@ class Choice(NamedTuple):
     multiple: int | None
 
 
-def read_choice(choice: str | Mapping[str, Any], folders: Mapping[str, Path]) -> Choice:
+def read_choice(choice: str | Mapping[str, Any], folders: Mapping[str, Path | None]) -> Choice:
     """A recipe's `tokenizer_source` or `tokenizer` value, checked; every problem at once as a `RecipeError`."""
     if not isinstance(choice, Mapping):
         source, key, problems = _source(choice, folders, "tokenizer_source")
@@ -75,29 +75,30 @@ def _part(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _source(value: Any, folders: Mapping[str, Path], path: str) -> tuple[str | Path, str | None, list[Problem]]:
+def _source(value: Any, folders: Mapping[str, Path | None], path: str) -> tuple[str | Path, str | None, list[Problem]]:
     """Where the tokenizer comes from, and which of the models that is."""
     if value in ("base", "union"):
         return value, None, []
     text = reference_text(value)
     key = None if text is None else _key(text, folders)
-    if key is not None:
-        return folders[key], key, []
+    known = None if key is None else folders[key]
+    if known is not None:
+        return known, key, []
     folder = None if text is None else Path(text).expanduser()
     if folder is not None and folder.is_dir():
         return folder, None, []
     return "base", None, [Problem(path, f"got {value!r}", "allowed: base, union, or a model's folder")]
 
 
-def _key(text: str, folders: Mapping[str, Path]) -> str | None:
+def _key(text: str, folders: Mapping[str, Path | None]) -> str | None:
     """The model that a reference means: by its name, or by the folder it is in."""
     if text in folders:
         return text
     there = Path(text).expanduser().resolve()
-    return next((key for key, folder in folders.items() if folder.resolve() == there), None)
+    return next((key for key, folder in folders.items() if folder and folder.resolve() == there), None)
 
 
-def _rule(value: Any, folders: Mapping[str, Path], path: str) -> tuple[TokenRule, list[Problem]]:
+def _rule(value: Any, folders: Mapping[str, Path | None], path: str) -> tuple[TokenRule, list[Problem]]:
     if not isinstance(value, Mapping):
         return TokenRule(), [Problem(path, f"got {value!r}", "allowed: {source: MODEL | {kind: ...}, force: true | false}")]
     known = ("source", "force")
@@ -115,7 +116,7 @@ def _rule(value: Any, folders: Mapping[str, Path], path: str) -> tuple[TokenRule
     return rule._replace(force=bool(force)), problems + more
 
 
-def _kind(source: Mapping[str, Any], folders: Mapping[str, Path], path: str) -> tuple[TokenRule, list[Problem]]:
+def _kind(source: Mapping[str, Any], folders: Mapping[str, Path | None], path: str) -> tuple[TokenRule, list[Problem]]:
     """`{kind: zero}`, or `{kind: model_token, model, token | token_id}`."""
     kinds = {"zero": ("kind",), "model_token": ("kind", "model", "token", "token_id")}
     kind = source["kind"]
@@ -135,7 +136,7 @@ def _kind(source: Mapping[str, Any], folders: Mapping[str, Path], path: str) -> 
     return TokenRule(model=key, token=next(iter(given.values()), None)), problems + more
 
 
-def _model(value: Any, folders: Mapping[str, Path], path: str) -> tuple[str | None, list[Problem]]:
+def _model(value: Any, folders: Mapping[str, Path | None], path: str) -> tuple[str | None, list[Problem]]:
     text = reference_text(value)
     key = None if text is None else _key(text, folders)
     if key is not None:

@@ -43,17 +43,18 @@ class Vocabulary:
 
 
 def vocabulary(
-    choice: str | Mapping[str, Any], folders: Mapping[str, Path], base: str | None, sizes: Mapping[str, int]
+    choice: str | Mapping[str, Any], folders: Mapping[str, Path | None], base: str | None, sizes: Mapping[str, int]
 ) -> Vocabulary:
     """The vocabulary that `tokenizer_source` (a text) or `tokenizer` (a mapping) asks for.
 
-    `folders` has the folder of each model in the recipe's order, `sizes` the rows of its embedding, `base` the base model's
-    key. Raises `RecipeError` for what is wrong with `choice`, `CheckpointError` for tokenizers that don't fit.
+    `folders` has the folder of each model in the recipe's order (None for one that is a file or in memory), `sizes` the rows
+    of its embedding (`embedding_rows`), `base` the base model's key; where there is none, tokenizer and config are the first
+    model's. Raises `RecipeError` for what is wrong with `choice`, `CheckpointError` for tokenizers that don't fit.
     """
     asked = read_choice(choice, folders)
     first = base or next(iter(folders))
     tokenizers, notes = _tokenizers(folders, first, sizes)
-    home = folders[first]
+    home = origin = folders[first] or Path()
     made = tokenizers[first]
     if asked.source == "union":
         made, more = union([made, *(tokenizers[key] for key in folders if key != first)])
@@ -63,25 +64,27 @@ def vocabulary(
         made = tokenizers[asked.key] if asked.key else _read(home)
     new = [{"content": token} for token in asked.rules if token not in made.tokens]
     made = with_tokens(made, new) if new else made
-    owner = asked.key or (first if home == folders[first] else None)
+    owner = asked.key or (first if home == origin else None)
     size = _size(made, asked.multiple, sizes[owner] if owner else _rows_in_config(home))
     own = {key: _own_rows(made.tokens, tokenizers[key].tokens, sizes[key], size) for key in folders}
     rows, donors, zero = _sources(asked.rules, made.tokens, tokenizers, own, base, sizes)
     notes += _notes(made, own, donors, zero, sizes, tokenizers)
-    changes, more = _changes(made, size, _Old(folders[first], tokenizers[first], sizes[first]), home)
+    changes, more = _changes(made, size, _Old(origin, tokenizers[first], sizes[first]), home)
     return Vocabulary(made.files, made.tokens, size, rows, donors, zero, changes, tuple(notes + more))
 
 
-def _tokenizers(folders: Mapping[str, Path], first: str, sizes: Mapping[str, int]) -> tuple[dict[str, Tokenizer], list[str]]:
+def _tokenizers(
+    folders: Mapping[str, Path | None], first: str, sizes: Mapping[str, int]
+) -> tuple[dict[str, Tokenizer], list[str]]:
     """The tokenizer of each model; one without has the first's, if its embedding has as many rows."""
     found: dict[str, Tokenizer] = {}
     notes, problems, lacking = [], [], []
     seen: list[tuple[dict[str, bytes], Tokenizer]] = []
     for key, folder in folders.items():
         try:
-            files = tokenizer_files(folder)
+            files = tokenizer_files(folder) if folder else {}
             same = next((made for known, made in seen if known == files), None)
-            made = same or read_tokenizer(folder, key)
+            made = same or (read_tokenizer(folder, key) if folder else None)
         except CheckpointError as error:
             problems += list(error.problems)
             continue
@@ -91,7 +94,7 @@ def _tokenizers(folders: Mapping[str, Path], first: str, sizes: Mapping[str, int
             found[key] = made
             seen += [] if same else [(files, made)]
     if first in lacking:
-        problems.append(Problem(first, f"{folders[first]} has no tokenizer files", "name a tokenizer that fits its embedding"))
+        problems.append(Problem(first, "has no tokenizer files", "put its tokenizer into its folder"))
     elif not problems:
         for key in lacking:
             if sizes[key] != sizes[first]:
@@ -220,19 +223,12 @@ def _changes(made: Tokenizer, size: int, old: _Old, home: Path) -> tuple[dict[st
                 new = size
             elif path[-1].endswith("_token_id") and home != old.folder:
                 new = _new_id(path, value, made, old.tokenizer, theirs)
-                notes += (
-                    [f"{name}: {path[-1]} was {value}, a token that the output hasn't"]
-                    if new is None and value is not None
-                    else []
-                )
+                if new is None and value is not None:
+                    notes.append(f"{name}: {path[-1]} was {value}, a token that the output hasn't")
             if new != value:
                 _set(changes.setdefault(name, {}), path, new)
-        if (
-            name == "config.json"
-            and config
-            and size != old.rows
-            and "vocab_size" not in {path[-1] for path, _ in _entries(config)}
-        ):
+        said = any(path[-1] == "vocab_size" for path, _ in _entries(config))
+        if name == "config.json" and config and size != old.rows and not said:
             changes.setdefault(name, {})["vocab_size"] = size
     return changes, notes
 
