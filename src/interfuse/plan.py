@@ -1,75 +1,102 @@
 """Recipe and headers in, a frozen plan out: every output tensor with its inputs and their numbers.
 
 Pure: it reads no data and writes nothing. All that can be wrong with the user's request, save what only the data shows, is
-found here and raised at once; running a plan is `interfuse.engine`'s part.
+found here and raised at once; running a plan is `interfuse.engine`'s part. Which tensors meet is `layout`'s.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from interfuse import registry
+import numpy as np
+
 from interfuse.checkpoints.source import Checkpoint, TensorSpec
 from interfuse.errors import CheckpointError, OptionError, Problem, UserError, nearest
-from interfuse.methods.forms import Combination
+from interfuse.layout import Group, Header, Slot, layout
+from interfuse.methods.forms import Combination, Rule, normalized
+from interfuse.recipe import Recipe
+from interfuse.recipe.references import Reference
+from interfuse.registry import Method, find
 
 #: The types that are merged by arithmetic, by both of their names.
 FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
-#: What data-parallel training, compilers and task heads put before the name of every tensor.
-_WRAPPERS = ("module.", "model.", "_orig_mod.")
-_SHOWN = 5  # names that a message lists of many
+_SHOWN = 5  # tensors that a message lists of many
 _COUNTER = "num_batches_tracked"
 _TOO_LARGE = Problem("weights", "give coefficients too large to compute with", "use weights of ordinary size")
+_COPY = Combination(0.0, (1.0,), 1.0)
 
-#: How an output comes from its inputs: `sum` by the method's coefficients; `same`, for integers, which must agree;
-#: `largest`, for BatchNorm's count of batches.
-Rule = Literal["sum", "same", "largest"]
+#: How an output comes from its inputs: `merge` by its call; `same`, for integers, which must agree; `largest`, for
+#: BatchNorm's count of batches.
+How = Literal["merge", "same", "largest"]
 
 
-@dataclass(frozen=True)
-class Input:
-    """A tensor that is read: `source` 0 is the base and 1, 2, ... are the models; `coefficient` is its share in a sum."""
+class Input(NamedTuple):
+    """A tensor that is read: which of the plan's sources, and its name there."""
 
     source: int
     name: str
-    coefficient: float = 1.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """A method with its numbers, shared by all tensors that have the same.
+
+    `options` are by argument; one that has a value a model is a tuple. `made` is what the method gives without seeing a
+    tensor: a `Combination` or a `Rule`; None says that the engine runs it for each tensor.
+    """
+
+    method: str
+    form: str
+    weights: tuple[float, ...]
+    options: tuple[tuple[str, Any], ...]
+    made: Combination | Rule | None
 
     def __str__(self) -> str:
-        return f"{self.coefficient:.6g} {'base' if not self.source else f'models[{self.source - 1}]'}"
+        parts = [f"weight {_shown(self.weights)}"] if self.method != "copy" else []
+        return ", ".join([self.method, *parts, *(f"{name.rstrip('_')} {_shown(value)}" for name, value in self.options)])
 
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor that is written. In a `sum`, `total` is what the coefficients sum to; inputs with none are left out."""
+    """A tensor that is written: `inputs` are the models', `base` is the base's where the method sees one."""
 
     name: str
     spec: TensorSpec
-    rule: Rule
+    how: How
     inputs: tuple[Input, ...]
-    total: float = 1.0
+    base: Input | None = None
+    call: Call | None = None
 
     def __str__(self) -> str:
-        how = " + ".join(map(str, self.inputs)) or "0"
-        return f"{self.name} {self.spec} = {how if self.rule == 'sum' else self.rule}"
+        return f"{self.name} {self.spec} = {self.call or self.how} of {', '.join(f'{i.source}:{i.name}' for i in self.reads)}"
+
+    @property
+    def reads(self) -> tuple[Input, ...]:
+        """All that is read, the base first."""
+        return self.inputs if self.base is None else (self.base, *self.inputs)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A merge, decided. `str(plan)` is readable in full; `digest()` names it wherever the same models lie."""
+    """A merge, decided. `str(plan)` is readable in full; `digest()` names it wherever the same models lie.
+
+    `lead` is the source that config, tokenizer and other side files come from: the base, else the first model. `layers` has
+    for each stack of the output where each layer comes from: a source and its layer there.
+    """
 
     method: str
-    options: tuple[tuple[str, Any], ...]
-    base: str | None
-    models: tuple[str, ...]
-    weights: tuple[float, ...]
+    sources: tuple[str, ...]
+    lead: int
     outputs: tuple[Output, ...]
+    layers: tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
+    seed: int
     notes: tuple[str, ...]
 
     @property
@@ -79,79 +106,235 @@ class Plan:
 
     def digest(self) -> str:
         """The SHA-256 of all that determines the result, in canonical JSON: not the models' paths, not the notes."""
-        outputs = [
-            [o.name, o.spec.dtype, o.spec.shape, o.rule, o.total, [[i.source, i.name, i.coefficient] for i in o.inputs]]
-            for o in self.outputs
-        ]
-        content = {"method": self.method, "options": self.options, "weights": self.weights, "outputs": outputs}
+        calls = list(dict.fromkeys(output.call for output in self.outputs))
+        number = {call: i for i, call in enumerate(calls)}
+        content = {
+            "seed": self.seed,
+            "calls": [call and [call.method, call.weights, call.options] for call in calls],
+            "outputs": [[o.name, o.spec.dtype, o.spec.shape, o.how, number[o.call], o.base, o.inputs] for o in self.outputs],
+        }
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def __str__(self) -> str:
-        options = ", ".join(f"{name}={value}" for name, value in self.options)
-        lines = [f"{self.method}({options})", f"base: {self.base}"]
-        lines += [
-            f"models[{i}]: {name} weight={weight:.6g}"
-            for i, (name, weight) in enumerate(zip(self.models, self.weights, strict=True))
-        ]
+        lines = [f"{self.method}, seed {self.seed}"]
+        lines += [f"source {i}: {name}{' (lead)' if i == self.lead else ''}" for i, name in enumerate(self.sources)]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, *map(str, self.outputs)])
 
 
-def plan_merge(
-    method: str,
-    checkpoints: Sequence[Checkpoint],
-    base: Checkpoint | None = None,
-    options: Mapping[str, Any] | None = None,
-    weights: Sequence[float] | None = None,
-    dtype: str | None = None,
-) -> Plan:
-    """Resolve a merge against its checkpoints' headers.
+def plan_merge(recipe: Recipe, checkpoints: Mapping[Reference, Checkpoint], *, compat: bool = False) -> Plan:
+    """Resolve a merge against its checkpoints' headers: one for each of `recipe.pieces.references(recipe)`.
 
-    `weights` has one finite number a model, 1 each where left out. `dtype` (`"bfloat16"`, ...) is the type of all
-    floating-point outputs; left out, each has its type in the base, or else in the first model. Names, order and shapes
-    are also that one's. A prefix (`module.`, `model.`, `_orig_mod.`) before all names of a checkpoint is resolved and
-    noted. Integer and boolean tensors must agree, save BatchNorm's `num_batches_tracked`, of which the largest is taken.
-    Everything wrong comes at once: a `CheckpointError` if a checkpoint is at fault, else an `OptionError`.
+    Everything wrong comes at once: a `CheckpointError` if a checkpoint is at fault, else an `OptionError`. `compat` follows
+    mergekit where it differs (docs/mergekit.md).
     """
-    chosen: list[float] = [1.0] * len(checkpoints) if weights is None else list(weights)
-    wrong = _check_weights(chosen, len(checkpoints))
-    dtype, more = _dtype(dtype)
-    wrong += more
-    combination, checked, more = _combination(method, options or {}, chosen if not wrong else None, base)
-    wrong += more
-
-    sources = [base, *checkpoints]
-    names, notes, faults = _match(sources)
-    if wrong or faults or combination is None:
-        raise (CheckpointError if faults else OptionError)(*wrong, *faults)
-    reference = base or checkpoints[0]
-    outputs = tuple(_output(name, spec, names, combination, dtype) for name, spec in reference.specs.items())
+    method = find(recipe.merge_method or "", "weights", "merge_method")
+    headers = {reference: Header(c.specs, config_of(c)) for reference, c in checkpoints.items()}
+    found = layout(recipe, headers, compat=compat)
+    planner = _Planner(method, checkpoints, recipe, compat)
+    outputs = [] if found.problems else [output for slot in found.slots if (output := planner.output(slot))]
+    wrong = list(dict.fromkeys([*planner.wrong, *planner.type_problems]))
+    if found.problems or planner.mismatches():
+        raise CheckpointError(*found.problems, *planner.mismatches(), *wrong)
+    if wrong:
+        raise OptionError(*wrong)
+    order = {reference: i for i, reference in enumerate(checkpoints)}
+    first = found.slots[0].group if found.slots else None
+    lead = order[first.base or first.sources[0]] if first else 0
+    layers = tuple((head, tuple((order[r], i) for r, i in picks)) for head, picks in found.layers.items())
+    notes = [*found.notes, *planner.notes(outputs)]
     return Plan(
-        method,
-        checked,
-        base.name if base else None,
-        tuple(checkpoint.name for checkpoint in checkpoints),
-        tuple(map(float, chosen)),
-        outputs,
-        tuple(notes),
+        method.name, tuple(c.name for c in checkpoints.values()), lead, tuple(outputs), layers, recipe.seed, tuple(notes)
     )
 
 
-def label(source: int, checkpoint: Checkpoint) -> str:
-    """What to call a source in a message."""
-    return f"base ({checkpoint.name})" if not source else f"models[{source - 1}] ({checkpoint.name})"
+def config_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The checkpoint's config.json, or None where there is none; one that isn't JSON is a `CheckpointError`."""
+    path = checkpoint.folder / "config.json" if checkpoint.folder else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        raise CheckpointError(Problem(str(path), "isn't JSON", "get the file again")) from None
+    return config if isinstance(config, dict) else None
 
 
-def _check_weights(weights: Sequence[Any], models: int) -> list[Problem]:
-    if not models:
-        return [Problem("models", "there are none", "give at least one")]
-    if len(weights) != models:
-        return [Problem("weights", f"{len(weights)} for {models} models", "give one a model")]
-    return [
-        Problem(f"weights[{i}]", f"got {weight!r}", "a finite number")
-        for i, weight in enumerate(weights)
-        if isinstance(weight, (bool, str)) or not _finite(weight)
-    ]
+def sees_base(method: Method) -> bool:
+    """Whether the method works on differences from a base, or on a base and another; else a base is a model among others."""
+    return "base" in method.needs or method.form != "coefficients" or (takes(method, "gram") and method.of == "deltas")
+
+
+def takes(method: Method, what: str) -> bool:
+    """Whether a method of coefficients asks for the `gram` matrix, or for a tensor's `depth`."""
+    return what in inspect.signature(method.make).parameters
+
+
+class _Planner:
+    """Makes outputs of slots, sharing calls; gathers what is wrong. A class, for what all slots have in common."""
+
+    def __init__(self, method: Method, checkpoints: Mapping[Reference, Checkpoint], recipe: Recipe, compat: bool):
+        self.method, self.checkpoints, self.compat = method, checkpoints, compat
+        self.order = {reference: i for i, reference in enumerate(checkpoints)}
+        self.wrong: list[Problem] = []
+        self.type_problems: list[Problem] = []
+        self.dtype = self._dtype(recipe)
+        self.gram, self.depth = takes(method, "gram"), takes(method, "depth")
+        self.based = sees_base(method)
+        fields = method.options.model_fields
+        self.fields = [(name, field.alias or name, name in method.each, field.default) for name, field in fields.items()]
+        self._calls: dict[Any, Call | None] = {}
+        self._models: dict[int, tuple[int, ...]] = {}
+        self._differ: dict[str, list[Problem]] = {}
+
+    def _dtype(self, recipe: Recipe) -> str | None:
+        chosen = None
+        for key in ("dtype", "out_dtype"):
+            name = getattr(recipe, key)
+            if name is not None:
+                plain = name.removeprefix("torch.")
+                chosen = FLOATS.get(plain, plain if plain in FLOATS.values() else None)
+                if chosen is None:
+                    self.type_problems.append(Problem(key, f"got {name!r}", nearest(plain, FLOATS)))
+        return chosen
+
+    def output(self, slot: Slot) -> Output | None:
+        """The slot's output, or None where something is wrong with it."""
+        group = slot.group
+        reference = self._reference(slot)
+        spec = reference[0]
+        models = self._merged(group)
+        inputs = tuple([Input(self.order[group.sources[i]], slot.names[i]) for i in models])
+        base = (
+            Input(self.order[group.base], slot.base) if group.base and slot.base and self.based and not group.copied else None
+        )
+        if not self._fits(slot, models, reference):
+            return None
+        if spec.dtype in _INTEGERS:
+            how: How = "largest" if slot.name.endswith(_COUNTER) else "same"
+            if base is None and group.base and slot.base and not group.copied:
+                base = Input(self.order[group.base], slot.base)
+            return Output(slot.name, spec, how, inputs, base)
+        call = Call("copy", "coefficients", (1.0,), (), _COPY) if group.copied else self._call(slot, models, len(spec.shape))
+        if call is None:
+            return None
+        return Output(slot.name, TensorSpec(self.dtype or reference[1], spec.shape), "merge", inputs, base, call)
+
+    def _reference(self, slot: Slot) -> tuple[TensorSpec, str, str]:
+        """The spec that an output follows, its declared type, and whose it is."""
+        group = slot.group
+        source = group.base if group.base and slot.base else group.sources[0]
+        name = slot.base if group.base and slot.base else slot.names[0]
+        checkpoint = self.checkpoints[source]
+        spec = checkpoint.specs[name]
+        return spec, checkpoint.declared.get(name, spec.dtype), checkpoint.name
+
+    def _merged(self, group: Group) -> tuple[int, ...]:
+        """Which of the sources are models: not the base, where the method sees it apart."""
+        if id(group) not in self._models:
+            apart = group.base_at if self.based and not group.copied else None
+            self._models[id(group)] = tuple(i for i in range(len(group.sources)) if i != apart)
+            if self.based and "base" in self.method.needs and group.base is None and not group.copied:
+                self.wrong.append(Problem("base_model", "missing", f"{self.method.name} needs {self.method.needs}"))
+        return self._models[id(group)]
+
+    def _fits(self, slot: Slot, models: Sequence[int], reference: tuple[TensorSpec, str, str]) -> bool:
+        """Whether all inputs have the reference's shape and kind of type; what differs is noted by model."""
+        spec, _, whose = reference
+        if spec.dtype not in FLOATS.values() and spec.dtype not in _INTEGERS:
+            wrong = f"tensor {slot.name!r} is {spec}"
+            self._differ.setdefault(whose, []).append(Problem(whose, wrong, f"convert it to one of {', '.join(FLOATS)}"))
+            return False
+        good = True
+        for i in models:
+            checkpoint = self.checkpoints[slot.group.sources[i]]
+            found = checkpoint.specs[slot.names[i]]
+            if found is spec or found == spec:
+                continue
+            both = found.dtype in FLOATS.values() and spec.dtype in FLOATS.values()
+            if found.shape != spec.shape or not both:
+                problem = Problem(checkpoint.name, f"tensor {slot.names[i]!r} is {found}", f"{whose} has {spec}")
+                self._differ.setdefault(checkpoint.name, []).append(problem)
+                good = False
+        return good
+
+    def mismatches(self) -> list[Problem]:
+        """All tensors that don't fit, of many in one model the first few."""
+        problems = []
+        for name, found in self._differ.items():
+            problems += found[:_SHOWN]
+            if len(found) > _SHOWN:
+                more = f"{len(found) - _SHOWN} more tensors differ in shape or type"
+                problems.append(Problem(name, more, "give models of one architecture"))
+        return problems
+
+    def notes(self, outputs: Sequence[Output]) -> list[str]:
+        """What a user should know of the result."""
+        if any(output.name.endswith("running_var") for output in outputs):
+            return ["BatchNorm statistics are merged like weights; re-estimating them on data is usually better"]
+        return []
+
+    def _call(self, slot: Slot, models: Sequence[int], axes: int) -> Call | None:
+        """The method with this tensor's numbers; tensors with the same ones share it."""
+        group, t = slot.group, slot.t
+        scopes, names = group.scopes, slot.names
+        weights = tuple([scopes[i].resolve("weight", names[i], t, 1.0) for i in models])
+        shared = scopes[0] if len(scopes) == 1 else group.shared
+        values: list[Any] = []
+        for name, alias, each, default in self.fields:
+            if each:
+                values.append(tuple([_either(scopes[i], alias, name, names[i], t, default) for i in models]))
+            else:
+                values.append(_either(shared, alias, name, slot.name, t, default))
+        depth = t if self.depth else 0.0
+        whole = self.method.form == "matrices" and axes > 1
+        key = (weights, *values, depth, whole)
+        if key not in self._calls:
+            options = {field[0]: value for field, value in zip(self.fields, values, strict=True)}
+            self._calls[key] = self._make(weights, options, depth, whole)
+        return self._calls[key]
+
+    def _make(self, weights: tuple[float, ...], options: dict[str, Any], depth: float, whole: bool) -> Call | None:
+        method = self.method
+        if self.compat and options.get("rescale") is True:
+            options = options | ({"rescale": "l1"} if method.name.startswith(("dare", "della")) else {})
+        made: Combination | Rule | None = None
+        try:
+            if not weights:
+                raise OptionError(Problem("models", "none besides the base", "give at least one model to merge into it"))
+            if method.form == "rule":
+                made = method.make(weights, **options)
+            elif method.form == "matrices" and not whole:
+                made = _mean(weights, options.get("lambda_", 1.0), based="base" in method.needs)
+            elif method.form == "matrices":
+                method.make(np.zeros((len(weights), 1, 1), np.float32), weights, **options)
+            elif self.gram:
+                method.make(weights, np.eye(len(weights) + (method.of == "models" and self.based)), **options)
+            elif method.form == "coefficients":
+                made = method.make(weights, *((depth,) if self.depth else ()), **options)
+        except UserError as error:
+            self.wrong += error.problems
+            return None
+        except OverflowError:
+            self.wrong.append(_TOO_LARGE)
+            return None
+        if isinstance(made, Combination) and not all(map(_finite, (made.base, *made.models, made.total))):
+            self.wrong.append(_TOO_LARGE)
+        return Call(
+            method.name, "coefficients" if isinstance(made, Combination) else method.form, weights, tuple(options.items()), made
+        )
+
+
+def _either(scopes: Any, alias: str, name: str, tensor: str, t: float, default: Any) -> Any:
+    """An option by the name that recipes give it, or by its argument's."""
+    value = scopes.resolve(alias, tensor, t, default)
+    return scopes.resolve(name, tensor, t, default) if value is default and alias != name else value
+
+
+def _mean(weights: Sequence[float], scale: float, *, based: bool) -> Combination:
+    """What methods on matrices do with other tensors: the base plus the scaled mean delta."""
+    shares = tuple(scale * share for share in normalized(weights)) if based else normalized(weights)
+    return Combination(1.0 - math.fsum(shares) if based else 0.0, shares, 1.0)
 
 
 def _finite(value: Any) -> bool:
@@ -161,156 +344,7 @@ def _finite(value: Any) -> bool:
         return False
 
 
-def _dtype(dtype: str | None) -> tuple[str | None, list[Problem]]:
-    if dtype is None:
-        return None, []
-    name = str(dtype).removeprefix("torch.")
-    if name in FLOATS or name in FLOATS.values():
-        return FLOATS.get(name, name), []
-    return None, [Problem("dtype", f"got {name!r}", nearest(name, FLOATS))]
-
-
-def _combination(
-    name: str, options: Mapping[str, Any], weights: Sequence[float] | None, base: Checkpoint | None
-) -> tuple[Combination | None, tuple[tuple[str, Any], ...], list[Problem]]:
-    """The method's numbers, its options by the names a recipe gives them, and what is wrong."""
-    try:
-        method = registry.find(name, "weights")
-    except UserError as error:
-        return None, (), list(error.problems)
-    wrong = []
-    if "base" in method.needs and base is None:
-        wrong.append(Problem("base", f"{name} needs one, and there is none", "give the models' common ancestor"))
-    try:
-        values = method.check(options)
-        combination = method.make(tuple(map(float, weights)), **values) if weights is not None else None
-    except UserError as error:
-        return None, (), [*wrong, *error.problems]
-    except OverflowError:
-        return None, (), [*wrong, _TOO_LARGE]
-    if combination and not all(map(_finite, (combination.base, *combination.models, combination.total))):
-        wrong.append(_TOO_LARGE)
-    fields = method.options.model_fields
-    return combination, tuple((fields[key].alias or key, value) for key, value in values.items()), wrong
-
-
-def _match(sources: Sequence[Checkpoint | None]) -> tuple[list[dict[str, str]], list[str], list[Problem]]:
-    """For each source the name that each of the reference's tensors has there; notes; what doesn't fit."""
-    present = [(source, checkpoint) for source, checkpoint in enumerate(sources) if checkpoint is not None]
-    names: list[dict[str, str]] = [{} for _ in sources]
-    if not present:
-        return names, [], []
-    first, reference = present[0]
-    notes: list[str] = []
-    problems: list[Problem] = []
-    if not reference.specs:
-        problems.append(Problem(label(first, reference), "holds no tensor", "give a checkpoint with weights"))
-    for source, checkpoint in present:
-        there, note = _names(reference, checkpoint)
-        notes += [f"{label(source, checkpoint)}: {note}"] if note else []
-        problems += _differences(reference, checkpoint, there, label(source, checkpoint), label(first, reference))
-        names[source] = there
-    for name, spec in reference.specs.items():
-        if spec.dtype not in (*FLOATS.values(), *_INTEGERS):
-            wrong = f"tensor {name!r} is {spec}"
-            problems.append(Problem(label(first, reference), wrong, f"convert it to one of {', '.join(FLOATS)}"))
-    if any(name.endswith("running_var") for name in reference.specs):
-        notes.append("BatchNorm statistics are merged like weights; re-estimating them on data is usually better")
-    return names, notes, problems
-
-
-def _names(reference: Checkpoint, checkpoint: Checkpoint) -> tuple[dict[str, str], str]:
-    """The reference's name of each tensor -> its name in the checkpoint, once a constant prefix is resolved."""
-    best, note = {name: name for name in checkpoint.specs}, ""
-    if checkpoint.specs.keys() == reference.specs.keys():
-        return {name: name for name in reference.specs}, ""
-    for theirs, ours in _prefixes(reference.specs, checkpoint.specs):
-        moved = {
-            name if name in reference.specs else ours + name[len(theirs) :] if name.startswith(theirs) else name: name
-            for name in checkpoint.specs
-        }
-        unique = len(moved) == len(checkpoint.specs)
-        if unique and len(moved.keys() & reference.specs.keys()) > len(best.keys() & reference.specs.keys()):
-            best, note = moved, _moved(theirs, ours)
-    return best, note
-
-
-def _moved(theirs: str, ours: str) -> str:
-    if not ours:
-        return f"the prefix {theirs!r} of its names is left out"
-    if not theirs:
-        return f"its names are read with the prefix {ours!r}"
-    return f"the prefix {theirs!r} of its names is read as {ours!r}"
-
-
-def _prefixes(reference: Mapping[str, TensorSpec], names: Mapping[str, TensorSpec]) -> list[tuple[str, str]]:
-    """(theirs, ours) to try: wrappers round all names, then the prefix that most names have on one side alone."""
-    votes: Counter[tuple[str, str]] = Counter()
-    ours, theirs = _endings(reference), _endings(names)
-    for name in names:
-        votes.update(("", prefix) for prefix in ours.get(name, ()))
-    for name in reference:
-        votes.update((prefix, "") for prefix in theirs.get(name, ()))
-    return [(_wrapper(names), _wrapper(reference)), *(pair for pair, _ in votes.most_common(1))]
-
-
-def _endings(names: Mapping[str, TensorSpec]) -> dict[str, list[str]]:
-    """What names end in, from a dot on -> the prefixes before it."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        for dot in (i for i, letter in enumerate(name) if letter == "."):
-            found.setdefault(name[dot + 1 :], []).append(name[: dot + 1])
-    return found
-
-
-def _wrapper(names: Mapping[str, TensorSpec]) -> str:
-    """The longest run of wrappers that every name begins with."""
-    prefix = ""
-    while True:
-        for wrapper in _WRAPPERS:
-            if names and all(name.startswith(prefix + wrapper) for name in names):
-                prefix += wrapper
-                break
-        else:
-            return prefix
-
-
-def _differences(
-    reference: Checkpoint, checkpoint: Checkpoint, names: Mapping[str, str], path: str, against: str
-) -> list[Problem]:
-    one = "give models of one architecture"
-    problems = []
-    for name, there in names.items():
-        spec, found = reference.specs.get(name), checkpoint.specs[there]
-        both_float = spec is not None and found.dtype in FLOATS.values() and spec.dtype in FLOATS.values()
-        if spec is not None and (found.shape != spec.shape or (found.dtype != spec.dtype and not both_float)):
-            problems.append(Problem(path, f"tensor {there!r} is {found}", f"{against} has {spec}"))
-    if len(problems) > _SHOWN:
-        problems[_SHOWN:] = [Problem(path, f"{len(problems) - _SHOWN} more tensors differ in shape or type", one)]
-    missing = [name for name in reference.specs if name not in names]
-    extra = [there for name, there in names.items() if name not in reference.specs]
-    problems += [Problem(path, wrong, f"unlike {against}: {one}") for wrong in _listed(missing, "missing")]
-    return problems + [Problem(path, wrong, f"{against} has none: {one}") for wrong in _listed(extra, "extra")]
-
-
-def _listed(names: Sequence[str], what: str) -> list[str]:
-    """One line a tensor, or one line for all of many."""
-    if len(names) <= _SHOWN:
-        return [f"tensor {name!r} is {what}" for name in names]
-    shown = ", ".join(map(repr, names[:_SHOWN]))
-    return [f"{len(names)} tensors are {what}: {shown} and {len(names) - _SHOWN} more"]
-
-
-def _output(
-    name: str, spec: TensorSpec, names: Sequence[Mapping[str, str]], combination: Combination, dtype: str | None
-) -> Output:
-    if spec.dtype in _INTEGERS:
-        rule: Rule = "largest" if name.endswith(_COUNTER) else "same"
-        inputs = tuple(Input(source, there[name]) for source, there in enumerate(names) if there)
-        return Output(name, spec, rule, inputs)
-    inputs = tuple(
-        Input(source, names[source][name], coefficient)
-        for source, coefficient in enumerate((combination.base, *combination.models))
-        if coefficient != 0
-    )
-    return Output(name, TensorSpec(dtype or spec.dtype, spec.shape), "sum", inputs, combination.total)
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_shown, value)) + "]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -10,5 +10,6 @@ from interfuse.methods import geodesic as geodesic
 from interfuse.methods import knots as knots
 from interfuse.methods import regression as regression
 from interfuse.methods import selection as selection
+from interfuse.methods import sparse as sparse
 from interfuse.methods import spectral as spectral
 from interfuse.methods import task_vectors as task_vectors

@@ -55,3 +55,18 @@ def ema(weights: Sequence[float], *, decay: Decay) -> Combination:
     last = len(weights) - 1
     shares = [decay**last, *((1 - decay) * decay ** (last - k) for k in range(1, last + 1))]
     return Combination(0.0, normalized([weight * share for weight, share in zip(weights, shares, strict=True)]), 1.0)
+
+
+@register("passthrough", "weights", form="coefficients", paper="https://arxiv.org/abs/2312.15166")
+def passthrough(
+    weights: Sequence[float],
+    *,
+    scale: Annotated[float, Field(allow_inf_nan=False, description="What every entry is multiplied by.")] = 1.0,
+) -> Combination:
+    """Copy one model's tensors, times `scale`: layers of several models stacked by `slices` are a frankenmerge.
+
+    `weights` isn't used. More than one model for a tensor is an `OptionError`. Source of stacking: depth up-scaling.
+    """
+    if len(weights) != 1:
+        raise OptionError(Problem("models", f"got {len(weights)}", "passthrough copies one model; stack several as slices"))
+    return Combination(0.0, (scale,), scale)

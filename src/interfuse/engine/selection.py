@@ -1,0 +1,195 @@
+"""The k largest magnitudes of a tensor, exactly, without a sort: where each cut lies, and how many at the cut are kept.
+
+A small sample brackets the cut; one pass counts what is above the bracket and keeps the few magnitudes within it, which are
+then put in order. Where a bracket misses, or a tensor is so large that even those few are many, histograms of the
+magnitudes' bits find the cut in as many passes as they need. Of entries at the cut, those of lowest index count as larger.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from interfuse.engine import trimming
+from interfuse.engine.reading import Reader
+from interfuse.engine.scheduler import Phase, Scratch
+
+_ROOM = 2**15  # magnitudes within a bracket that a block keeps
+_SMALL = 2**14  # elements of a tensor whose magnitudes are all kept
+_MOST = 2**24  # magnitudes that are kept of one tensor: 64 MiB
+_WIDTH = 16  # bits that a histogram looks at
+
+
+class Cut(NamedTuple):
+    """The k largest: all above `value`, and those at it whose index is below `end`."""
+
+    value: float
+    end: int
+
+
+_NONE, _ALL = Cut(math.inf, 0), Cut(-1.0, 0)
+
+Search = Generator[Phase, list[Any], list[Cut]]
+
+
+def largest(reader: Reader, model: Sequence[int], keep: Sequence[int], *, shared: bool = False) -> Search:
+    """For each channel c where the `keep[c]` largest entries of the delta of model `model[c]` end.
+
+    With `shared`, magnitudes are the variance over the models, and `model[c]` is 0.
+    """
+    count = reader.count
+    cuts: list[Cut | None] = [_NONE if k <= 0 else _ALL if k >= count else None for k in keep]
+    open_ = [c for c, cut in enumerate(cuts) if cut is None]
+    if open_:
+        wanted = [keep[c] for c in open_]
+        models = np.array([model[c] for c in open_])
+        found = yield from _by_bracket(reader, models, wanted, shared)
+        missed = [i for i, cut in enumerate(found) if cut is None]
+        if missed:
+            rest = yield from _by_histogram(reader, models[missed], [wanted[i] for i in missed], shared)
+            for i, cut in zip(missed, rest, strict=True):
+                found[i] = cut
+        for c, cut in zip(open_, found, strict=True):
+            cuts[c] = cut
+    return [cut for cut in cuts if cut is not None]
+
+
+def varying(reader: Reader) -> Generator[Phase, list[Any], int]:
+    """How many positions have a variance over the models above 0."""
+    found = yield from _count(reader, np.zeros(1, np.int64), np.zeros((1, 2), reader.wide), shared=True)
+    return int(sum(block[0][0, 0] for block in found))
+
+
+def _by_bracket(
+    reader: Reader, models: np.ndarray, keep: Sequence[int], shared: bool
+) -> Generator[Phase, list[Any], list[Cut | None]]:
+    count = reader.count
+    if count <= _SMALL:
+        brackets = np.tile(np.array([-1, np.inf], reader.wide), (len(models), 1))
+    else:
+        size = int(min(max(count // 512, 2**15), 2**20)) // 16 * 16
+        within = 6 / math.sqrt(size)  # of all entries, in a bracket
+        if within * count * len(models) > _MOST:
+            return [None] * len(models)
+        [scores] = yield Phase(lambda start, stop, scratch: _sample(reader, size, shared, scratch), [(0, count)])
+        brackets = np.stack([_bracket(scores[m], k / count, reader.wide) for m, k in zip(models, keep, strict=True)])
+    found = yield from _count(reader, models, brackets, shared)
+    cuts: list[Cut | None] = []
+    for c, k in enumerate(keep):
+        cuts.append((yield from _cut(reader, models[c], k, brackets[c], [(f[c], kept[c]) for f, kept in found], shared)))
+    return cuts
+
+
+def _sample(reader: Reader, size: int, shared: bool, scratch: Scratch) -> np.ndarray:
+    """Runs of 16 magnitudes, evenly spread, sorted: [M, size]."""
+    addresses, _ = reader.block(0, reader.count)
+    scores: np.ndarray = np.empty((1 if shared else reader.models, size), reader.wide)
+    stride = reader.count // (size // 16)
+    trimming.sample(addresses, reader.kinds, shared, stride, scores, scratch.work(reader.wide, reader.models))
+    scores.sort(axis=1)
+    return scores
+
+
+def _bracket(scores: np.ndarray, share: float, wide: Any) -> np.ndarray:
+    """Magnitudes below and above the one that `share` of the sorted sample is above, wide enough to miss it seldom."""
+    size = len(scores)
+    margin = 6 * math.sqrt(size * share * (1 - share)) + 16
+    place = size * (1 - share)
+    low = scores[int(place - margin)] if place - margin >= 0 else -1
+    high = scores[math.ceil(place + margin)] if place + margin <= size - 1 else np.inf
+    return np.array([low, high], wide)
+
+
+def _count(
+    reader: Reader, models: np.ndarray, brackets: np.ndarray, shared: bool
+) -> Generator[Phase, list[Any], list[tuple[np.ndarray, list[np.ndarray]]]]:
+    """For each block the counts `[C, 4]` of `trimming.count`, and each channel's magnitudes within its bracket."""
+
+    def task(start: int, stop: int, scratch: Scratch) -> tuple[np.ndarray, list[np.ndarray]]:
+        addresses, _ = reader.block(start, stop)
+        inside = scratch.buffer("inside", reader.wide, _ROOM, len(models))
+        found: np.ndarray = np.zeros((len(models), 4), np.int64)
+        work = scratch.work(reader.wide, reader.models)
+        trimming.count(addresses, reader.kinds, stop - start, shared, models, brackets, inside, found, work)
+        return found, [inside[c, : min(found[c, 3], _ROOM)].copy() for c in range(len(models))]
+
+    return (yield Phase(task, reader.ranges))
+
+
+def _cut(
+    reader: Reader, model: int, k: int, bracket: np.ndarray, blocks: list[tuple[np.ndarray, np.ndarray]], shared: bool
+) -> Generator[Phase, list[Any], Cut | None]:
+    """The cut from what a pass found, or None where it isn't within the bracket."""
+    above, top, bottom, between = (sum(int(found[i]) for found, _ in blocks) for i in range(4))
+    if any(found[3] > _ROOM for found, _ in blocks):
+        return None
+    k -= above
+    if k == 0:
+        return Cut(float(bracket[1]), 0)
+    if 0 < k <= top:
+        value, each = float(bracket[1]), [int(found[1]) for found, _ in blocks]
+    elif top < k <= top + between:
+        inside = np.sort(np.concatenate([kept for _, kept in blocks]))[::-1]
+        value = float(inside[k - top - 1])
+        k -= top + int(np.count_nonzero(inside > value))
+        each = [int(np.count_nonzero(kept == value)) for _, kept in blocks]
+    elif top + between < k <= top + between + bottom:
+        value, each = float(bracket[0]), [int(found[2]) for found, _ in blocks]
+        k -= top + between
+    else:
+        return None
+    return (yield from _end(reader, model, value, k, each, shared))
+
+
+def _end(
+    reader: Reader, model: int, value: float, keep: int, each: Sequence[int], shared: bool
+) -> Generator[Phase, list[Any], Cut]:
+    """The cut at `value` of which `keep` entries are kept, `each` being how many there are in each block."""
+    if keep == sum(each):
+        return Cut(value, reader.count)
+    block, before = 0, 0
+    while before + each[block] <= keep:
+        before += each[block]
+        block += 1
+
+    def task(start: int, stop: int, scratch: Scratch) -> int:
+        addresses, _ = reader.block(start, stop)
+        work, sought = scratch.work(reader.wide, reader.models), reader.wide(value)
+        return start + trimming.locate(addresses, reader.kinds, stop - start, shared, model, sought, keep - before, work)
+
+    [end] = yield Phase(task, [reader.ranges[block]])
+    return Cut(value, end)
+
+
+def _by_histogram(reader: Reader, models: np.ndarray, keep: Sequence[int], shared: bool) -> Search:
+    """Cuts from histograms of the magnitudes' bits, the upper ones first: memory depends on the channels alone."""
+    bits = 8 * np.dtype(reader.wide).itemsize
+    prefixes: np.ndarray = np.zeros(len(models), np.uint64)
+    left = list(keep)
+    for shift in range(bits - _WIDTH, -1, -_WIDTH):
+
+        def task(start: int, stop: int, scratch: Scratch, shift: int = shift) -> np.ndarray:
+            addresses, _ = reader.block(start, stop)
+            counts: np.ndarray = np.zeros((len(models), 1 << _WIDTH), np.int64)
+            work = scratch.work(reader.wide, reader.models)
+            n = stop - start
+            trimming.histogram(addresses, reader.kinds, n, shared, models, prefixes, shift, _WIDTH, counts, work)
+            return counts
+
+        counts = sum((yield Phase(task, reader.ranges)))
+        for c in range(len(models)):
+            above = np.cumsum(counts[c][::-1])[::-1]  # at this bucket or above
+            bucket = int(np.flatnonzero(above >= left[c])[-1])
+            left[c] -= int(above[bucket] - counts[c][bucket])
+            prefixes[c] = (prefixes[c] << np.uint64(_WIDTH)) | np.uint64(bucket)
+    kind = np.uint32 if bits == 32 else np.uint64
+    values = prefixes.astype(kind).view(reader.wide)
+    found = yield from _count(reader, models, np.stack([values, values], 1), shared)
+    cuts = []
+    for c, value in enumerate(values):
+        each = [int(counted[c][1]) for counted, _ in found]
+        cuts.append((yield from _end(reader, models[c], float(value), left[c], each, shared)))
+    return cuts
