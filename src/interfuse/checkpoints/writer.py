@@ -84,9 +84,12 @@ class MemoryWriter:
     def append(self, name: str, array: np.ndarray) -> None:
         """Keep the next elements of tensor `name`; the same rules as `TensorWriter.append`."""
         _next(self._specs, self._done, name, array, Path("memory"))
-        start = self._done[name]
-        self.tensors[name].reshape(-1)[start : start + array.size] = array.reshape(-1)
+        self.write(name, self._done[name], array)
         self._done[name] += array.size
+
+    def write(self, name: str, start: int, array: np.ndarray) -> None:
+        """Keep elements of tensor `name` from element `start` on; any thread may."""
+        self.tensors[name].reshape(-1)[start : start + array.size] = array.reshape(-1)
 
 
 @contextlib.contextmanager

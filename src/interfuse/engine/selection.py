@@ -52,8 +52,8 @@ def largest(reader: Reader, model: Sequence[int], keep: Sequence[int], *, shared
             rest = yield from _by_histogram(reader, models[missed], [wanted[i] for i in missed], shared)
             for i, cut in zip(missed, rest, strict=True):
                 found[i] = cut
-        for c, cut in zip(open_, found, strict=True):
-            cuts[c] = cut
+        for c, place in zip(open_, found, strict=True):
+            cuts[c] = place
     return [cut for cut in cuts if cut is not None]
 
 
@@ -179,7 +179,7 @@ def _by_histogram(reader: Reader, models: np.ndarray, keep: Sequence[int], share
             trimming.histogram(addresses, reader.kinds, n, shared, models, prefixes, shift, _WIDTH, counts, work)
             return counts
 
-        counts = sum((yield Phase(task, reader.ranges)))
+        counts = sum((yield Phase(task, reader.ranges)), np.zeros((len(models), 1 << _WIDTH), np.int64))
         for c in range(len(models)):
             above = np.cumsum(counts[c][::-1])[::-1]  # at this bucket or above
             bucket = int(np.flatnonzero(above >= left[c])[-1])

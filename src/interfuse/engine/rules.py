@@ -1,0 +1,198 @@
+"""Trim -> elect -> scale as jobs: find the cuts, the norms where a rule needs them, then one pass that merges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from interfuse.checkpoints.source import BLOCK
+from interfuse.engine import ranking, selection, trimming
+from interfuse.engine.kernels import KINDS
+from interfuse.engine.outputs import Merging, hashing, limit_of, reader_of
+from interfuse.engine.reading import Reader, ranges_of
+from interfuse.engine.scheduler import Job, Phase, Scratch
+from interfuse.engine.trimming import ALL, BAND, RANDOM, SHARED, Trimming, Voting
+from interfuse.methods.forms import Rule, Trim
+from interfuse.plan import Call, Output
+
+_HOW = {"all": ALL, "largest": BAND, "random": RANDOM, "variance": SHARED}
+
+
+def job(output: Output, call: Call, merging: Merging) -> Job:
+    """The job of an output whose method is a rule."""
+    rule, reader = call.made, reader_of(output, call, merging)
+    assert isinstance(rule, Rule)
+    yield hashing(reader, merging)
+    keys = keys_of(merging.seed, output.name, reader.models)
+    if rule.trim.how == "ranked":
+        yield from _ranked(output, rule, reader, keys, merging)
+        return
+    trimming_ = yield from _trimming(rule.trim, reader, keys)
+    norms = None
+    if rule.energy or rule.trim.rescale == "l1":
+        norms = yield from _norms(reader, trimming_)
+    voting = _voting(rule, reader, norms)
+    limit, kind = limit_of(output.spec.dtype, reader.wide), KINDS[output.spec.dtype]
+
+    def task(start: int, stop: int, scratch: Scratch) -> None:
+        addresses, raws = reader.block(start, stop)
+        out = scratch.buffer("out", output.spec.storage, stop - start)
+        target, work = np.uint64(out.__array_interface__["data"][0]), scratch.work(reader.wide, reader.models)
+        if not trimming.merge_rule(
+            addresses, reader.kinds, start, stop - start, trimming_, voting, target, kind, limit, work
+        ):  # fmt: skip
+            merging.look(output, reader, raws, 1)
+        merging.put(output, start, out)
+
+    yield Phase(task, reader.ranges)
+
+
+def keys_of(seed: int, name: str, models: int) -> np.ndarray:
+    """What chance is drawn by: two numbers for each model, of the seed, the tensor's name and the model's number."""
+    hashes = [xxhash.xxh3_128_intdigest(f"{seed}/{model}/{name}".encode()) for model in range(models)]
+    return np.array([[h & 0xFFFFFFFF, (h >> 32) & 0xFFFFFFFF] for h in hashes], np.uint32)
+
+
+def kept(density: float, count: int) -> int:
+    """How many of `count` entries a density keeps: at least one, unless it's 0."""
+    return min(count, max(1, math.floor(density * count))) if density > 0 else 0
+
+
+def _trimming(trim: Trim, reader: Reader, keys: np.ndarray) -> Generator[Phase, list[Any], Trimming]:
+    models, count, wide = reader.models, reader.count, reader.wide
+    how = _HOW[trim.how]
+    lows = highs = [selection.Cut(-1.0, 0)] * models
+    highs = [selection.Cut(math.inf, 0)] * models
+    if trim.how == "largest" and not all(density >= 1 for density in trim.density):
+        targets = [kept(density, count) if density < 1 else count for density in trim.density]
+        tops = trim.skip or (0.0,) * models
+        skips = [min(math.floor(top * count), count - target) for top, target in zip(tops, targets, strict=True)]
+        keep = [*(skip + target for skip, target in zip(skips, targets, strict=True)), *(skip for skip in skips if skip)]
+        channels = [*range(models), *(k for k, skip in enumerate(skips) if skip)]
+        cuts = yield from selection.largest(reader, channels, keep)
+        lows = cuts[:models]
+        for k, cut in zip(channels[models:], cuts[models:], strict=True):
+            highs[k] = cut
+    elif trim.how == "largest":
+        how = ALL
+    elif trim.how == "variance":
+        places = yield from selection.varying(reader)
+        cuts = yield from selection.largest(reader, [0], [math.floor(trim.density[0] * places)], shared=True)
+        lows = cuts * models
+    cuts_array = np.array([[low.value, high.value] for low, high in zip(lows, highs, strict=True)], wide)
+    ends = np.array([[low.end, high.end] for low, high in zip(lows, highs, strict=True)], np.int64)
+    chances = np.array(trim.density if trim.how == "random" else [1.0] * models, np.float32)
+    return Trimming(how, cuts_array, ends, keys, chances)
+
+
+def _norms(reader: Reader, trimming_: Trimming) -> Generator[Phase, list[Any], np.ndarray]:
+    def task(start: int, stop: int, scratch: Scratch) -> np.ndarray:
+        addresses, _ = reader.block(start, stop)
+        part: np.ndarray = np.zeros((reader.models, 3))
+        trimming.norms(
+            addresses, reader.kinds, start, stop - start, trimming_, part, scratch.work(reader.wide, reader.models)
+        )  # fmt: skip
+        return part
+
+    return sum((yield Phase(task, reader.ranges)), np.zeros((reader.models, 3)))
+
+
+def _voting(rule: Rule, reader: Reader, norms: np.ndarray | None) -> Voting:
+    weights = np.array(rule.weights, np.float64)
+    factors = np.ones(reader.models)
+    if rule.trim.rescale == "l1" and norms is not None:
+        factors = np.divide(norms[:, 0], norms[:, 1], out=np.ones(reader.models), where=norms[:, 1] > 0)
+    elif rule.trim.rescale == "density" and rule.trim.how == "random":
+        density = np.array(rule.trim.density)
+        factors = np.divide(1.0, density, out=np.ones(reader.models), where=density > 0)
+    votes = weights * factors
+    if rule.energy and norms is not None:
+        whole = norms[:, 2].sum()
+        shares = norms[:, 2] / whole if whole > 0 else np.full(reader.models, 1 / reader.models)
+        votes, weights = np.ones(reader.models), weights * shares
+        factors = np.ones(reader.models)
+    wide = reader.wide
+    scales = weights * factors
+    return Voting(
+        rule.elect, rule.mean, votes.astype(wide), scales.astype(wide), weights.astype(wide), wide(rule.scale)
+    )  # fmt: skip
+
+
+def _ranked(output: Output, rule: Rule, reader: Reader, keys: np.ndarray, merging: Merging) -> Job:
+    """DELLA: rows that fit a block are ranked as they are merged; of a longer row the ranks are counted first."""
+    width = max(reader.shape[-1], 1) if reader.shape else 1
+    densities, spreads = np.array(rule.trim.density, np.float32), np.array(rule.trim.spread, np.float32)
+    divide = rule.trim.rescale == "density"
+    limit, kind = limit_of(output.spec.dtype, reader.wide), KINDS[output.spec.dtype]
+
+    def pieces() -> Generator[Phase, list[Any], list[tuple[tuple[int, int], np.ndarray | None]]]:
+        if width <= BLOCK:
+            return [(span, None) for span in ranges_of(reader.count, max(1, BLOCK // width) * width)]
+        found: list[tuple[tuple[int, int], np.ndarray | None]] = []
+        for row in range(0, reader.count, width):
+            spans = [(row + a, row + b) for a, b in ranges_of(width)]
+            table = yield from _table(reader, spans, width, densities, spreads)
+            found += [(span, table) for span in spans]
+        return found
+
+    parts = yield from pieces()
+    tables = dict(parts)
+
+    def call(kernel: Any, start: int, stop: int, scratch: Scratch, *rest: Any) -> tuple[Any, list[np.ndarray]]:
+        addresses, raws = reader.block(start, stop)
+        table = tables[start, stop]
+        buckets = ranking.ROW_BUCKETS if table is None else ranking.BUCKETS
+        counts = scratch.buffer("counts", np.int32, buckets, reader.models)
+        whole = table is not None
+        table = scratch.buffer("table", np.float32, buckets, reader.models) if table is None else table
+        lowest: np.ndarray = np.zeros(reader.models, np.int32)
+        rows, wide_ = (1, stop - start) if whole else ((stop - start) // width, width)
+        done = kernel(
+            addresses, reader.kinds, start, rows, wide_, densities, spreads, keys, divide, counts, table, lowest, whole,
+            *rest, scratch.work(reader.wide, reader.models),
+        )  # fmt: skip
+        return done, raws
+
+    norms = None
+    if rule.trim.rescale == "l1":
+
+        def measure(start: int, stop: int, scratch: Scratch) -> np.ndarray:
+            part: np.ndarray = np.zeros((reader.models, 3))
+            call(ranking.norms_ranked, start, stop, scratch, part)
+            return part
+
+        norms = sum((yield Phase(measure, list(tables))), np.zeros((reader.models, 3)))
+    voting = _voting(rule, reader, norms)
+
+    def task(start: int, stop: int, scratch: Scratch) -> None:
+        out = scratch.buffer("out", output.spec.storage, stop - start)
+        target = np.uint64(out.__array_interface__["data"][0])
+        finite, raws = call(ranking.merge_ranked, start, stop, scratch, voting, target, kind, limit)
+        if not finite:
+            merging.look(output, reader, raws, 1)
+        merging.put(output, start, out)
+
+    yield Phase(task, list(tables))
+
+
+def _table(
+    reader: Reader, spans: Sequence[tuple[int, int]], width: int, densities: np.ndarray, spreads: np.ndarray
+) -> Generator[Phase, list[Any], np.ndarray]:
+    """The chances of a row's magnitudes, of which `spans` are the parts."""
+    lowest: np.ndarray = np.zeros(reader.models, np.int32)
+
+    def task(start: int, stop: int, scratch: Scratch) -> np.ndarray:
+        addresses, _ = reader.block(start, stop)
+        counts: np.ndarray = np.zeros((reader.models, ranking.BUCKETS), np.int32)
+        work = scratch.work(reader.wide, reader.models)
+        ranking.count_ranks(addresses, reader.kinds, 0, stop - start, lowest, counts, work)
+        return counts
+
+    counts = sum((yield Phase(task, spans)), np.zeros((reader.models, ranking.BUCKETS), np.int64))
+    table: np.ndarray = np.empty((reader.models, ranking.BUCKETS), np.float32)
+    ranking.chances_of(counts, densities, spreads, width, table)
+    return table

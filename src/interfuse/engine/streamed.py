@@ -1,0 +1,138 @@
+"""Methods that are functions of their own, in NumPy: of blocks of deltas, of whole matrices, of one axis at a time.
+
+They run a tensor on one thread; other tensors run beside it. Results are written in blocks as everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from interfuse.checkpoints.source import BLOCK
+from interfuse.engine.numbers import narrow, nonfinite, widen
+from interfuse.engine.outputs import Merging, hashing, reader_of
+from interfuse.engine.reading import Reader, ranges_of
+from interfuse.engine.rules import keys_of
+from interfuse.engine.scheduler import Job, Phase, Scratch
+from interfuse.methods.forms import Block, Combination
+from interfuse.plan import Call, Output
+from interfuse.registry import Method, find
+
+
+def job(output: Output, call: Call, merging: Merging) -> Job:
+    """The job of an output whose method is a function of blocks or of matrices."""
+    reader = reader_of(output, call, merging)
+    method, options = find(call.method, "weights"), dict(call.options)
+    if "seed" in options:
+        drawn = int(keys_of(merging.seed, output.name, 1)[0, 0])
+        options["seed"] = (options["seed"] + drawn) % 2**31
+    yield hashing(reader, merging)
+    run = _blocks if call.form == "blocks" else _matrix
+
+    def task(start: int, stop: int, scratch: Scratch) -> None:
+        run(output, method, call.weights, options, reader, merging)
+
+    yield Phase(task, [(0, reader.count)] if reader.count else [])
+
+
+class _Tensor:
+    """A tensor's blocks as methods see them: see `interfuse.methods.forms.Blocks`."""
+
+    def __init__(self, reader: Reader):
+        self._reader = reader
+        self.shape, self.models = reader.shape, reader.models
+        width = max(self.shape[-1], 1) if self.shape else 1
+        self._ranges = ranges_of(reader.count, max(1, BLOCK // width) * width if width <= BLOCK else BLOCK)
+
+    def __iter__(self) -> Iterator[Block]:
+        """Every block in order."""
+        for start, stop in self._ranges:
+            values = values_of(self._reader, start, stop, np.float32)
+            if self._reader.based:
+                values[1:] -= values[0]
+                yield Block(start, values[0], values[1:])
+            else:
+                yield Block(start, None, values)
+
+
+def values_of(reader: Reader, start: int, stop: int, kind: Any) -> np.ndarray:
+    """The inputs' elements `[reads, n]` as numbers, the base's first where there is one."""
+    _, raws = reader.block(start, stop)
+    values: np.ndarray = np.empty((len(raws), stop - start), kind)
+    for row, raw, spec in zip(values, raws, reader.specs, strict=True):
+        widen(raw, spec.dtype, row)
+    return values
+
+
+def _put(output: Output, start: int, values: np.ndarray, reader: Reader, merging: Merging) -> None:
+    result = narrow(values, output.spec.dtype)
+    bad = int(np.count_nonzero(nonfinite(result, output.spec.dtype)))
+    if bad:
+        merging.look(output, reader, reader.block(start, start + result.size)[1], bad)
+    merging.put(output, start, result)
+
+
+def _blocks(
+    output: Output, method: Method, weights: tuple[float, ...], options: dict[str, Any], reader: Reader, merging: Merging
+) -> None:
+    tensor = _Tensor(reader)
+    merge = method.make(tensor, weights, **options)
+    for block in tensor:
+        delta = merge(block)
+        _put(output, block.start, delta if block.base is None else block.base + delta, reader, merging)
+
+
+def _matrix(
+    output: Output, method: Method, weights: tuple[float, ...], options: dict[str, Any], reader: Reader, merging: Merging
+) -> None:
+    """A whole matrix, `[out, in]`; a convolution's is `[out, in * k * k]`."""
+    rows = reader.shape[0]
+    deltas: np.ndarray = np.empty((reader.models, reader.count), np.float32)
+    for start, stop in reader.ranges:
+        values = values_of(reader, start, stop, np.float32)
+        deltas[:, start:stop] = values[1:] - values[0] if reader.based else values
+    merged = np.asarray(method.make(deltas.reshape(reader.models, rows, -1), weights, **options)).reshape(-1)
+    for start, stop in reader.ranges:
+        values = merged[start:stop]
+        base = values_of(reader, start, stop, np.float32)[0] if reader.based else 0
+        _put(output, start, np.float32(base) + values if not reader.based else base + values, reader, merging)
+
+
+def by_axis(output: Output, call: Call, method: Method, axis: int, merging: Merging) -> Job:
+    """Coefficients for each vector along an axis of a tensor: its last (rows), or its first (columns)."""
+    reader = reader_of(output, call, merging)
+    width = math.prod(reader.shape[1:]) if axis == 0 else reader.shape[-1]
+    yield hashing(reader, merging)
+    spans = ranges_of(reader.count, max(1, BLOCK // max(width, 1)) * max(width, 1))
+    options = dict(call.options)
+
+    def vectors(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        values = values_of(reader, start, stop, np.float64).reshape(-1, (stop - start) // width, width)
+        return values, values[1:] - values[0] if reader.based else values
+
+    def gram(start: int, stop: int, scratch: Scratch) -> np.ndarray:
+        _, found = vectors(start, stop)
+        return np.einsum("arc,brc->cab", found, found)
+
+    columns: np.ndarray | None = None
+    if axis == 0:
+        columns = sum((yield Phase(gram, spans)), np.zeros((width, reader.models, reader.models)))
+
+    def task(start: int, stop: int, scratch: Scratch) -> None:
+        values, found = vectors(start, stop)
+        products = np.einsum("arc,brc->rab", found, found) if columns is None else columns
+        combination = method.make(call.weights, products, **options)
+        _put(output, start, _combine(combination, values, reader.based, rows=columns is None), reader, merging)
+
+    yield Phase(task, spans)
+
+
+def _combine(combination: Combination, values: np.ndarray, based: bool, *, rows: bool) -> np.ndarray:
+    """base t0 + sum c_i t_i of `values` `[reads, rows, columns]`, with a coefficient a row or a column; flat float64."""
+    parts = ([combination.base] if based else []) + list(combination.models)
+    coefficients = np.stack([np.broadcast_to(part, values.shape[1] if rows else values.shape[2]) for part in parts])
+    spread = coefficients[:, :, None] if rows else coefficients[:, None, :]
+    return (spread * values).sum(0).reshape(-1)
