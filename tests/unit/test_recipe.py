@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from interfuse.errors import RecipeError
-from interfuse.recipe import check_recipe, load_recipe, recipe_schema
+from interfuse.recipe import check_recipe, check_recipes, load_recipe, load_recipes, recipe_schema
 from interfuse.recipe.check import experts_of, names_of, options_of, weights_of
 
 FUSION: dict[str, Any] = {
@@ -81,9 +81,131 @@ def test_every_problem_is_listed_at_once_with_its_path_and_value() -> None:
     assert "did you mean 'attention'?" in found["fusion"]
 
 
-def test_mergekits_slices_are_one_problem() -> None:
-    found = problems({"merge_method": "linear", "slices": [{"sources": [{"model": "org/a", "layer_range": [0, 2]}]}]})
-    assert list(found) == ["slices"]
+MERGEKIT: list[dict[str, Any]] = [
+    {
+        "merge_method": "slerp",
+        "slices": [
+            {"sources": [{"model": "org/a", "layer_range": [0, 32]}, {"model": "org/b", "layer_range": [0, 32]}]},
+        ],
+        "base_model": "org/a",
+        "parameters": {
+            "t": [
+                {"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]},
+                {"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]},
+                {"value": 0.5},
+            ]
+        },
+        "dtype": "float16",
+    },
+    {
+        "merge_method": "task_arithmetic",
+        "models": [
+            {"model": "org/base"},
+            {"model": "org/a@main", "parameters": {"weight": [0, 0.3, 0.7, 1]}},
+            {"model": "org/b+org/lora", "parameters": {"weight": [{"filter": "mlp", "value": 0.5}, {"value": 0}]}},
+            {"model": {"model": {"path": "org/c", "revision": "v1"}, "lora": {"path": "org/l"}}, "parameters": {"weight": 1}},
+        ],
+        "base_model": "org/base",
+        "parameters": {"normalize": True, "int8_mask": True},
+        "dtype": "float16",
+        "out_dtype": "bfloat16",
+        "chat_template": "auto",
+        "tokenizer": {
+            "source": "union",
+            "tokens": {
+                "<|im_start|>": {"source": "org/a"},
+                "<|x|>": {"source": {"kind": "model_token", "model": "org/a", "token_id": 4}, "force": True},
+                "<|y|>": {"source": {"kind": "zero"}},
+            },
+            "pad_to_multiple_of": 64,
+        },
+    },
+    {
+        "merge_method": "linear",
+        "modules": {
+            "text_decoder": {"slices": [{"sources": [{"model": "org/a", "layer_range": [0, 2], "parameters": {"weight": 1}}]}]},
+            "vision_tower": {"models": ["org/a", "org/b"], "parameters": {"weight": [0, 1]}},
+        },
+        "tokenizer_source": "org/b",
+        "drop": ["position_ids"],
+        "keep": ["*.inv_freq", "/head$/"],
+    },
+]
+
+
+@pytest.mark.parametrize("recipe", MERGEKIT)
+def test_mergekits_recipes_are_read(recipe: dict[str, Any]) -> None:
+    assert problems(recipe, run=True) == {}
+
+
+def test_references_are_texts_with_absolute_paths_at_every_level(tmp_path: Path) -> None:
+    (tmp_path / "a+b").mkdir()
+    (tmp_path / "c").mkdir()
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "merge_method: linear\nbase_model: ./c@v1\nslices:\n- base_model: org/x\n  sources:\n"
+        "  - {model: a+b, layer_range: [0, 1]}\n  - {model: {path: a+b}, layer_range: [1, 2]}\n"
+        "  - {model: org/x+c, layer_range: [1, 2]}\n"
+        "tokenizer: {source: c, tokens: {t: {source: {kind: zero}}, u: {source: c}}}\n"
+    )
+    recipe = load_recipe(path)
+    c = str(tmp_path / "c")
+    assert recipe.base_model == f"{c}@v1"
+    assert recipe.slices is not None
+    assert [s.model for s in recipe.slices[0].sources] == [str(tmp_path / "a+b"), str(tmp_path / "a+b"), f"org/x+{c}"]
+    assert recipe.slices[0].base_model == "org/x"
+    assert recipe.tokenizer is not None
+    assert recipe.tokenizer.tokens is not None
+    assert recipe.tokenizer.source == c
+    assert [row.source for row in recipe.tokenizer.tokens.values()] == [{"kind": "zero"}, c]
+    assert list(problems_of_file(path)) == ["base_model"]
+
+
+def problems_of_file(path: Path) -> dict[str, str]:
+    try:
+        check_recipes(path)
+    except RecipeError as error:
+        return {p.path: f"{p.wrong}; {p.allowed}" for p in error.problems}
+    return {}
+
+
+FIRST = "name: first\nmerge_method: linear\nmodels: [org/a, org/b]\n"
+
+
+def test_recipes_of_one_file_use_each_others_results(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()  # a recipe's name goes before a folder's
+    path = tmp_path / "r.yaml"
+    path.write_text(f"{FIRST}---\nmerge_method: linear\nmodels: [first, org/c, first+org/lora]\n---\n")
+    first, last = load_recipes(path)
+    assert first.name == "first"
+    assert [entry.model for entry in last.models] == ["first", "org/c", "first+org/lora"]
+    assert problems_of_file(path) == {}
+    with pytest.raises(RecipeError, match="holds 2 recipes, of which later ones use earlier ones"):
+        load_recipe(path)
+    assert load_recipes([MERGE]) == (load_recipe(MERGE),)
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "said"),
+    [
+        (f"{FIRST}---\nmerge_method: linear\nmodels: [org/a]\n", "documents[0].name", "no later recipe uses 'first'"),
+        (f"{FIRST}---\nname: first\nmerge_method: linear\nmodels: [first]\n", "documents[1].name", "is also documents[0]'s"),
+        ("merge_method: linear\nmodels: [org/a]\n---\nmerge_method: linear\nmodels: [b]\n", "documents[0].name", "missing"),
+        (f"{FIRST}---\nmodels: [first]\ndata: {{train: t.npz}}\n", "documents[1].merge_method", "is a merge"),
+        (
+            f"{FIRST.replace('org/b', 'second')}---\nname: second\nmerge_method: linear\nmodels: [first]\n",
+            "documents[0].models[1].model",
+            "'second' comes later in the file",
+        ),
+        (FIRST.replace("org/b", "first") + f"---\n{FIRST}", "documents[0].models[1].model", "'first' is this recipe itself"),
+        (f"{FIRST}---\nmerge_method: linear\nmodels: [first]\nsead: 3\n", "documents[1].sead", "did you mean 'seed'"),
+    ],
+)
+def test_what_a_file_of_several_recipes_refuses(tmp_path: Path, text: str, path: str, said: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    found = problems_of_file(tmp_path / "r.yaml")
+    assert path in found
+    assert said in found[path]
 
 
 def test_a_tap_may_be_a_number() -> None:
@@ -101,7 +223,7 @@ def test_options_are_not_coerced() -> None:
 def test_a_model_that_cannot_be_read_hides_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        "fusion: attention\nmodels: [5, {mdl: x}, ./none, {model: {path: x}}]\nparameters: {headz: 2}\nhead: {classes: 0}\n"
+        "fusion: attention\nmodels: [5, {mdl: x}, ./none, {model: {pth: x}}]\nparameters: {headz: 2}\nhead: {classes: 0}\n"
         "data: {train: none.npz, tset: x}\nmerge: linear\n"
     )
     with pytest.raises(RecipeError) as caught:
@@ -124,7 +246,7 @@ def test_a_model_that_cannot_be_read_hides_nothing_else(tmp_path: Path) -> None:
         ({"models": [{"model": "a", "name": "x.y"}, "b"]}, "models[0].name", "got 'x.y'"),
         ({"models": [{"model": "a", "parameters": {"weight": 1}}, "b"]}, "models[0].parameters", "only in a merge"),
         ({"models": [{"tap": "x"}, "b"]}, "models[0].model", "missing"),
-        ({"models": [{"model": {"path": "a"}}, "b"]}, "models[0].model", "isn't supported by this version"),
+        ({"models": [{"model": {"pth": "a"}}, "b"]}, "models[0].model", "pth: unknown key"),
         ({"parameters": {"headz": 4}}, "parameters.headz", "did you mean 'heads'?"),
         ({"parameters": {"heads": 0}}, "parameters.heads", "got 0"),
         ({"parameters": {"dim": 2.5}}, "parameters.dim", "got 2.5; a whole number"),
@@ -133,8 +255,8 @@ def test_a_model_that_cannot_be_read_hides_nothing_else(tmp_path: Path) -> None:
         ({"head": {"classes": ["a", "a"]}}, "head.classes", "a list of different names"),
         ({"base_model": "org/c"}, "base_model", "only in a merge"),
         ({"out_dtype": "float16"}, "out_dtype", "only in a merge"),
-        ({"slices": []}, "slices", "stacking layers (slices) isn't supported by this version"),
-        ({"tokenizer_source": "union"}, "tokenizer_source", "isn't supported by this version"),
+        ({"slices": []}, "slices", "only in a merge"),
+        ({"tokenizer_source": "union"}, "tokenizer_source", "only in a merge"),
         ({"data": None, "evaluate": None}, "data.train", "missing; a fusion of features is trained"),
         ({"data": {"train": "t.npz"}}, "evaluate", "there is no test data"),
         ({"data": {"validation": "v.npz", "test": "t.npz"}}, "data.validation", "stands without data.train"),
@@ -155,17 +277,60 @@ def test_what_a_fusion_refuses(keys: dict[str, Any], path: str, said: str) -> No
 @pytest.mark.parametrize(
     ("keys", "path", "said"),
     [
-        ({"merge_method": "ties"}, "merge_method", "no weights method is named 'ties'; allowed: linear, task_arithmetic"),
+        ({"merge_method": "tiess"}, "merge_method", "no weights method is named 'tiess'"),
         ({"merge_method": "task_arithmetic", "parameters": None}, "base_model", "missing"),
         ({"parameters": {"normalise": True}}, "parameters.normalise", "did you mean 'normalize'?"),
-        ({"parameters": {"normalize": [0, 1]}}, "parameters.normalize", "ramps over depth and filters aren't supported"),
+        ({"parameters": {"normalize": [0, 1]}}, "parameters.normalize[0]", "got 0; true or false"),
+        ({"parameters": {"normalize": {"filter": "mlp"}}}, "parameters.normalize.value", "missing"),
+        ({"parameters": {"normalize": [{"value": True}, {"value": 3}]}}, "parameters.normalize[1]", "never reached"),
         (
-            {"models": [{"model": "a", "parameters": {"weight": [0, 1]}}]},
-            "models[0].parameters.weight",
-            "got [0, 1]: ramps over depth and filters aren't supported by this version",
+            {"models": [{"model": "a", "parameters": {"weight": [0, float("nan")]}}]},
+            "models[0].parameters.weight[1]",
+            "got nan",
         ),
         ({"models": [{"model": "a", "parameters": {"weight": "x"}}]}, "models[0].parameters.weight", "got 'x'"),
-        ({"models": [{"model": "a", "parameters": {"density": 1}}]}, "models[0].parameters.density", "allowed here: weight"),
+        (
+            {"models": [{"model": "a", "parameters": {"density": 1}}]},
+            "models[0].parameters.density",
+            "linear has no such option",
+        ),
+        (
+            {"models": ["a", {"model": "b", "parameters": {"normalize": True}}]},
+            "models[1].parameters.normalize",
+            "linear has one normalize for all models; write it under the recipe's `parameters`",
+        ),
+        ({"merge_method": "karcher", "parameters": {"max_iter": [1, 5]}}, "parameters.max_iter[0]", "takes whole numbers"),
+        ({"merge_method": "slerp", "base_model": "a", "parameters": None}, "parameters.t", "missing"),
+        ({"slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}]}]}, "slices", "stands beside models"),
+        (
+            {"models": None, "slices": [{"sources": [{"model": "a", "layer_range": [0]}]}]},
+            "slices[0].sources[0].layer_range",
+            "got [0]; should be two whole numbers",
+        ),
+        (
+            {"models": None, "slices": [{"sources": [{"model": "a", "layer_range": [0, 1], "parameters": {"weigth": 1}}]}]},
+            "slices[0].sources[0].parameters.weigth",
+            "did you mean 'weight'?",
+        ),
+        ({"models": None, "slices": [{"sources": [], "x": 1}]}, "slices[0].x", "unknown key"),
+        ({"models": None, "modules": {"x": {}}}, "modules.x", "has neither slices nor models"),
+        ({"models": None, "modules": {"x": {"modles": ["a"]}}}, "modules.x.modles", "did you mean 'models'"),
+        (
+            {"models": None, "modules": {"x": {"models": [{"model": "a", "parameters": {"y": 1}}]}}},
+            "modules.x.models[0].parameters.y",
+            "linear has no such option",
+        ),
+        ({"drop": ["/(/"]}, "drop[0]", "got '/(/'"),
+        ({"tokenizer_source": "union", "tokenizer": {}}, "tokenizer_source", "stands beside tokenizer"),
+        ({"tokenizer_source": "base"}, "tokenizer_source", "there is no base_model"),
+        ({"tokenizer": {"source": "a+b+c"}}, "tokenizer.source", "got 'a+b+c' with 2 '+'"),
+        ({"tokenizer": {"tokens": {"<a>": {"source": {"kind": "nil"}}}}}, "tokenizer.tokens.<a>.source.kind", "got 'nil'"),
+        (
+            {"tokenizer": {"tokens": {"<a>": {"source": {"kind": "model_token", "model": "m"}}}}},
+            "tokenizer.tokens.<a>.source.token_id",
+            "missing, and so is token",
+        ),
+        ({"models": ["a+b+c"]}, "models[0].model", "with 2 '+'"),
         ({"models": [*MERGE["models"], "c"]}, "models[2].parameters.weight", "missing while other models have one"),
         ({"models": [{"model": "a", "tap": "x"}]}, "models[0].tap", "only a fusion of features"),
         ({"models": [{"model": "a", "freeze": True}]}, "models[0].freeze", "nothing is trained here"),

@@ -14,6 +14,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from interfuse.errors import OptionError, Problem
+from interfuse.recipe.merges import BESIDE, entries_in, is_plain, merge_problems, tokenizer_models
+from interfuse.recipe.pieces import pieces
+from interfuse.recipe.references import Reference
 from interfuse.recipe.schema import ModelEntry, Recipe, Wide
 from interfuse.registry import Level, Method, find, problems_of
 
@@ -31,13 +34,23 @@ def names_of(recipe: Recipe) -> list[str]:
     for entry in recipe.models:
         name = entry.name
         if name is None:
-            last = entry.model.rstrip("/").rpartition("/")[2].rpartition(":")[2]
-            plain = re.sub(r"[^A-Za-z0-9_-]+", "_", re.sub(r"\.(safetensors|bin|pt|pth)$", "", last)).strip("_") or "model"
+            plain = "_".join(filter(None, map(_short, _parts(entry.model)))) or "model"
             name, number = plain, 2
             while name in names or name in taken:
                 name, number = f"{plain}_{number}", number + 1
         names.append(name)
     return names
+
+
+def _parts(model: str) -> list[str]:
+    """A model and its adapter."""
+    reference = Reference.parse(model)
+    return [reference.path, *([] if reference.lora is None else [reference.lora])]
+
+
+def _short(ref: str) -> str:
+    last = ref.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", re.sub(r"\.(safetensors|bin|pt|pth)$", "", last)).strip("_")
 
 
 def method_of(recipe: Recipe) -> Method | None:
@@ -49,12 +62,18 @@ def method_of(recipe: Recipe) -> Method | None:
 
 
 def options_of(recipe: Recipe) -> dict[str, Any]:
-    """The method's options with their defaults; `OptionError` with every unknown name and bad value."""
+    """The method's options with their defaults; `OptionError` with every unknown name and bad value.
+
+    Of a merge, those that hold for every tensor alike: one that differs is an `OptionError`, for a `layout` has it.
+    """
     method = method_of(recipe)
     if method is None:
         return {}
+    if recipe.form == "merge" and not is_plain(recipe.parameters):
+        uneven = [key for key, value in recipe.parameters.items() if isinstance(value, list | dict)]
+        raise OptionError(*(Problem(f"parameters.{key}", "isn't the same for every tensor", "read a layout") for key in uneven))
     wide = {k: v for k, v in recipe.parameters.items() if recipe.form == "fusion" and k in Wide.model_fields}
-    elsewhere = [*wide, *(("weight", "int8_mask") if recipe.form == "merge" else ())]
+    elsewhere = [*wide, *(BESIDE if recipe.form == "merge" else ())]
     problems = []
     try:
         Wide.model_validate(wide)
@@ -88,6 +107,9 @@ def form_problems(recipe: Recipe) -> list[Problem]:
     return [*_shape(recipe), *_method(recipe), *_misplaced(recipe), *_data(recipe)]
 
 
+_SOURCES = ("models", "slices", "modules")
+
+
 def _where(recipe: Recipe) -> tuple[str, Level]:
     if recipe.form == "merge":
         return "merge_method", "weights"
@@ -96,12 +118,15 @@ def _where(recipe: Recipe) -> tuple[str, Level]:
 
 def _shape(recipe: Recipe) -> Iterator[Problem]:
     count = len(recipe.models)
+    given = [key for key in _SOURCES if getattr(recipe, key)]
     if recipe.fusion is not None and recipe.merge_method is not None:
         yield Problem("merge_method", "stands beside fusion", "keep one of the two")
     elif recipe.form == "single" and count != 1:
         allowed = "give fusion or merge_method, or exactly one model"
         yield Problem("models", f"{count} models and no word on how to fuse them", allowed)
-    elif count < 1:
+    elif recipe.form == "merge" and len(given) > 1:
+        yield Problem(given[1], f"stands beside {given[0]}", f"keep one of {', '.join(_SOURCES)}")
+    elif count < 1 and (recipe.form != "merge" or (recipe.slices is None and recipe.modules is None)):
         yield Problem("models", "none given", "at least 1")
     first: dict[str, int] = {}
     for i, entry in enumerate(recipe.models):
@@ -114,81 +139,46 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
         method = method_of(recipe)
     except OptionError as error:
         yield from error.problems
+        yield from merge_problems(recipe, None) if recipe.form == "merge" else []
         return
     if method is None:
         if recipe.parameters:
             yield Problem("parameters", "a model alone has no method to set", "remove the key, or give `fusion`")
         return
+    if recipe.form == "merge":
+        yield from merge_problems(recipe, method)
+        return
     try:
-        yield from _ramps(recipe.parameters, "parameters") if recipe.form == "merge" else []
         options_of(recipe)
     except OptionError as error:
-        yield from (p for p in error.problems if not _is_ramp(recipe, p.path))
-    if recipe.form == "merge":
-        yield from _merge(recipe, method)
+        yield from error.problems
 
 
-def _is_ramp(recipe: Recipe, path: str) -> bool:
-    name = path.removeprefix("parameters.").partition("[")[0].partition(".")[0]
-    return recipe.form == "merge" and isinstance(recipe.parameters.get(name), list | dict)
-
-
-def _ramps(parameters: dict[str, Any], path: str) -> Iterator[Problem]:
-    for key, value in parameters.items():
-        if isinstance(value, list | dict):
-            yield Problem(
-                f"{path}.{key}", f"got {value!r}: ramps over depth and filters aren't supported by this version",
-                "give one value",
-            )  # fmt: skip
-
-
-def _merge(recipe: Recipe, method: Method) -> Iterator[Problem]:
-    if "base" in method.needs and recipe.base_model is None:
-        yield Problem("base_model", "missing", f"{method.name} merges differences from a common base")
-    common = recipe.parameters.get("weight")
-    if "weight" in recipe.parameters and not isinstance(common, list | dict):
-        yield from _weight(common, "parameters.weight")
-    experts = experts_of(recipe)
-    if recipe.models and not experts:
-        yield Problem("models", "none besides the base", "give at least one model to merge into it")
-    weighted = [entry for entry in experts if "weight" in entry.parameters]
-    for i, entry in enumerate(recipe.models):
-        path = f"models[{i}].parameters"
-        yield from _ramps(entry.parameters, path)
-        for key, value in entry.parameters.items():
-            if key != "weight" and not isinstance(value, list | dict):
-                yield Problem(f"{path}.{key}", f"{method.name} has no {key} for each model", "allowed here: weight")
-            elif key == "weight" and not isinstance(value, list | dict):
-                yield from _weight(value, f"{path}.weight")
-        if weighted and common is None and entry in experts and "weight" not in entry.parameters:
-            yield Problem(f"{path}.weight", "missing while other models have one", "give every model a weight, or none")
-
-
-def _weight(value: Any, path: str) -> Iterator[Problem]:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
-    if not number:
-        yield Problem(path, f"got {value!r}", "a finite number")
+_IN_MERGES = (
+    *("base_model", "dtype", "out_dtype", "slices", "modules", "drop", "keep", "int8_mask"),
+    *("tokenizer_source", "tokenizer", "chat_template"),
+)
 
 
 def _misplaced(recipe: Recipe) -> Iterator[Problem]:
     """Keys that mean nothing in this form: said, never skipped."""
     form = recipe.form
     if form != "merge":
-        for key in ("base_model", "dtype", "out_dtype"):
+        for key in _IN_MERGES:
             if getattr(recipe, key) is not None:
                 yield Problem(key, "means something only in a merge", f"{_REMOVE}, or give merge_method")
     if form != "fusion" and recipe.head is not None:
         yield Problem("head", "only a fusion of features gets a head", _REMOVE)
     if form in ("merge", "ensemble") and recipe.training is not None:
         yield Problem("training", f"{'a merge' if form == 'merge' else 'an ensemble'} isn't trained", _REMOVE)
-    for i, entry in enumerate(recipe.models):
+    for path, entry in entries_in(recipe):
         if form != "merge" and entry.parameters:
             allowed = "options of the method stand under the recipe's own `parameters`"
-            yield Problem(f"models[{i}].parameters", "a model has its own only in a merge", allowed)
+            yield Problem(f"{path}.parameters", "a model has its own only in a merge", allowed)
         if form != "fusion" and entry.tap is not None:
-            yield Problem(f"models[{i}].tap", "only a fusion of features reads a tap", _REMOVE)
+            yield Problem(f"{path}.tap", "only a fusion of features reads a tap", _REMOVE)
         if form in ("merge", "ensemble") and entry.freeze is not None:
-            yield Problem(f"models[{i}].freeze", "nothing is trained here", _REMOVE)
+            yield Problem(f"{path}.freeze", "nothing is trained here", _REMOVE)
 
 
 def _data(recipe: Recipe) -> Iterator[Problem]:
@@ -237,21 +227,41 @@ def source_problems(ref: str, path: str, trust_code: bool) -> Iterator[Problem]:
 
 
 def _models(recipe: Recipe, trust_code: bool) -> Iterator[Problem]:
-    refs = [(f"models[{i}].model", entry.model) for i, entry in enumerate(recipe.models)]
-    if recipe.base_model is not None:
-        refs.append(("base_model", recipe.base_model))
-    for path, ref in refs:
-        if ref.startswith("python:"):
-            yield from _code(ref, path, trust_code)
-        elif Path(ref).is_file() and recipe.form != "merge":
-            allowed = "name the code that builds it, python:module:function, and give this file as `weights`"
-            yield Problem(path, f"{ref} is a file of weights without its network", allowed)
-        elif _absent(ref, _WEIGHT_FILES):
-            file = "a file of weights, " if recipe.form == "merge" else ""
-            yield Problem(path, f"{ref} doesn't exist", f"give a folder, {file}a hub id, or python:module:function")
-    for i, entry in enumerate(recipe.models):
+    for path, model in dict.fromkeys(_named(recipe)):
+        for i, ref in enumerate(_parts(model)):
+            yield from _model(ref, path, recipe.form, trust_code, adapter=i > 0)
+        reference = Reference.parse(model)
+        for part, revision in ((reference.path, reference.revision), (reference.lora, reference.lora_revision)):
+            if part is not None and revision is not None and Path(part).exists():
+                yield Problem(path, f"{part} is on this machine and has no revision {revision!r}", "leave it out")
+    for path, entry in entries_in(recipe):
         if entry.weights is not None and not Path(entry.weights).exists():
-            yield Problem(f"models[{i}].weights", f"{entry.weights} doesn't exist", "give a file or folder of weights")
+            yield Problem(f"{path}.weights", f"{entry.weights} doesn't exist", "give a file or folder of weights")
+
+
+def _named(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Every model that a recipe names, with where it does."""
+    yield from ((f"{path}.model", entry.model) for path, entry in entries_in(recipe))
+    if recipe.form == "merge":
+        for piece in pieces(recipe):
+            yield from ((f"{source.path}.model", source.model) for source in piece.sources)
+            if piece.base is not None:
+                yield ("base_model" if piece.base == recipe.base_model else f"{piece.path}.base_model", piece.base)
+        yield from ((path, str(Reference.parse(model))) for path, model in tokenizer_models(recipe))
+    if recipe.base_model is not None:
+        yield "base_model", recipe.base_model
+
+
+def _model(ref: str, path: str, form: str, trust_code: bool, *, adapter: bool) -> Iterator[Problem]:
+    if ref.startswith("python:"):
+        yield from _code(ref, path, trust_code)
+    elif Path(ref).is_file() and form != "merge":
+        allowed = "name the code that builds it, python:module:function, and give this file as `weights`"
+        yield Problem(path, f"{ref} is a file of weights without its network", allowed)
+    elif _absent(ref, _WEIGHT_FILES):
+        file = "a file of weights, " if form == "merge" else ""
+        allowed = f"give a folder, {file}a hub id, or python:module:function"
+        yield Problem(path, f"{ref} doesn't exist", "give an adapter's folder or hub id" if adapter else allowed)
 
 
 def _absent(ref: str, files: tuple[str, ...]) -> bool:

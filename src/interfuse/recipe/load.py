@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,26 @@ import yaml
 from pydantic import ValidationError
 
 from interfuse.errors import Problem, RecipeError, nearest
+from interfuse.recipe.chain import UNREADABLE, absolute, chain_problems
 from interfuse.recipe.check import form_problems, run_problems
-from interfuse.recipe.schema import SECTIONS, Recipe
+from interfuse.recipe.schema import SECTIONS, Recipe, Section
 from interfuse.registry import rule
-
-#: Keys of mergekit's recipes that this version doesn't know: what each is.
-_NOT_YET = {
-    "slices": "stacking layers (slices)",
-    "modules": "addressing sub-networks (modules)",
-    "tokenizer": "building a tokenizer",
-    "tokenizer_source": "choosing a tokenizer",
-    "chat_template": "setting a chat template",
-}
 
 
 def load_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
-    """The recipe in a YAML file or a mapping, its paths made absolute; `RecipeError` with every problem of its form."""
-    recipe, problems = _read(source)
-    return _or_raise(recipe, _joined(problems, form_problems(recipe)))
+    """The recipe in a YAML file or a mapping, its paths made absolute; `RecipeError` with every problem of its form.
+
+    A file of several recipes is an error here: `load_recipes` reads it.
+    """
+    return _only(source, load_recipes(source))
+
+
+def load_recipes(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> tuple[Recipe, ...]:
+    """The recipes in a YAML file (documents parted by `---`), or one mapping, or several.
+
+    The last one's result is the output. Those before it have a `name`, by which later ones refer to their results.
+    """
+    return _checked(source, lambda recipe: [])
 
 
 def check_recipe(
@@ -47,23 +49,60 @@ def check_recipe(
 
     `also` finds further problems of a recipe whose form may be faulty elsewhere.
     """
-    recipe, problems = (source, []) if isinstance(source, Recipe) else _read(source)
-    problems = _joined(problems, form_problems(recipe))
-    problems = _joined(problems, run_problems(recipe, trust_code=trust_code))
-    problems = _joined(problems, also(recipe))
-    return _or_raise(recipe, problems)
+    return _only(source, check_recipes(source, trust_code=trust_code, also=also))
 
 
-def _or_raise(recipe: Recipe, problems: list[Problem]) -> Recipe:
+def check_recipes(
+    source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe,
+    *,
+    trust_code: bool = False,
+    also: Callable[[Recipe], list[Problem]] = lambda recipe: [],
+) -> tuple[Recipe, ...]:
+    """`load_recipes`, and the files that a run reads, as in `check_recipe`."""
+
+    def further(recipe: Recipe) -> list[Problem]:
+        return _joined(run_problems(recipe, trust_code=trust_code), also(recipe))
+
+    return _checked(source, further)
+
+
+def _only(source: Any, recipes: tuple[Recipe, ...]) -> Recipe:
+    if len(recipes) > 1:
+        wrong = f"holds {len(recipes)} recipes, of which later ones use earlier ones"
+        raise RecipeError(Problem(str(source) if isinstance(source, str | Path) else "", wrong, "give one recipe"))
+    return recipes[0]
+
+
+def _checked(source: Any, further: Callable[[Recipe], list[Problem]]) -> tuple[Recipe, ...]:
+    """The recipes, or a `RecipeError` with the problems of all."""
+    if isinstance(source, Recipe):
+        raw: list[Any] = [source]
+        folder = Path.cwd()
+    elif isinstance(source, str | Path):
+        raw, folder = _parse(Path(source)), Path(source).resolve().parent
+    else:
+        raw, folder = copy.deepcopy([source] if isinstance(source, Mapping) else list(source)), Path.cwd()
+    recipes: list[Recipe] = []
+    problems: list[Problem] = []
+    for i, document in enumerate(raw):
+        known = [recipe.name for recipe in recipes if recipe.name is not None]
+        recipe, found = (document, []) if isinstance(document, Recipe) else _read(dict(document), folder, known)
+        found = _joined(found, form_problems(recipe))
+        found = _joined(found, further(recipe))
+        inside = f"documents[{i}]." if len(raw) > 1 else ""
+        problems += [Problem(f"{inside}{p.path}".rstrip("."), p.wrong, p.allowed) for p in found]
+        recipes.append(recipe)
+    if len(recipes) > 1:
+        problems = _joined(problems, chain_problems(recipes))
     if problems:
         raise RecipeError(*problems)
-    return recipe
+    return tuple(recipes)
 
 
 def _joined(first: list[Problem], then: list[Problem]) -> list[Problem]:
     """`first`, and of `then` what isn't at, above or below a place that already has a problem."""
     taken = [p.path for p in first]
-    taken += ["models"] if any(path in ("slices", "modules") for path in taken) else []  # mergekit's other ways to name them
+    taken += ["models"] if any(path.startswith(("slices", "modules")) for path in taken) else []  # other ways to name them
     return first + [p for p in then if not any(_related(p.path, path) for path in taken)]
 
 
@@ -72,27 +111,21 @@ def _related(a: str, b: str) -> bool:
     return long == short or long.startswith((short + ".", short + "["))
 
 
-def _read(source: str | Path | Mapping[str, Any]) -> tuple[Recipe, list[Problem]]:
+def _read(raw: dict[Any, Any], folder: Path, known: Sequence[str]) -> tuple[Recipe, list[Problem]]:
     """The recipe as far as it can be read (its faulty values left out), and the problems of its form."""
-    if isinstance(source, Mapping):
-        raw, folder = copy.deepcopy(dict(source)), Path.cwd()
-    else:
-        raw, folder = _parse(Path(source)), Path(source).resolve().parent
     problems: list[Problem] | None = None
     while True:  # each round takes something away, and an empty recipe is valid
         try:
-            return _absolute(Recipe.model_validate(raw), folder), problems or []
+            recipe, wrong = absolute(Recipe.model_validate(raw), folder, known)
         except ValidationError as error:
             problems = _problems(error) if problems is None else problems
             for item in error.errors():
                 _drop(raw, item["loc"], missing=item["type"] == "missing")
+        else:
+            return recipe, [*(problems or []), *wrong]
 
 
-#: Stands for a model that can't be read, so that the others keep their numbers. What is found wrong with it isn't said.
-_UNREADABLE = "?"
-
-
-def _drop(raw: dict[str, Any], loc: tuple[int | str, ...], missing: bool) -> None:
+def _drop(raw: dict[Any, Any], loc: tuple[int | str, ...], missing: bool) -> None:
     """Take the faulty value away: a model in whole where its reference is at fault, else the key, else its section."""
     models, key = raw.get("models"), str(loc[0])
     if key == "models" and isinstance(models, list) and len(loc) > 1:
@@ -100,11 +133,11 @@ def _drop(raw: dict[str, Any], loc: tuple[int | str, ...], missing: bool) -> Non
         if isinstance(entry, dict) and len(loc) > 2 and loc[2] != "model":
             entry.pop(loc[2], None)
         else:
-            models[int(loc[1])] = _UNREADABLE
-    elif isinstance(raw.get(key), dict) and len(loc) > 1 and not missing:
+            models[int(loc[1])] = UNREADABLE
+    elif key not in ("slices", "modules") and isinstance(raw.get(key), dict) and len(loc) > 1 and not missing:
         raw[key].pop(loc[1], None)
     else:
-        raw.pop(key, None)
+        raw.pop(loc[0], None)
 
 
 def _problems(error: ValidationError) -> list[Problem]:
@@ -115,46 +148,19 @@ def _problems(error: ValidationError) -> list[Problem]:
         for part in loc:
             path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
         if item["type"] == "extra_forbidden":
-            problems.append(_unknown(path, loc))
+            problems.append(Problem(path, "unknown key", nearest(str(loc[-1]), _section(loc).model_fields)))
         elif item["type"] == "missing":
             problems.append(Problem(path, "missing", "give a value"))
-        elif loc[-1] == "model" and isinstance(item["input"], dict):
-            problems.append(Problem(path, "a mapping isn't supported by this version", "write the path or hub id"))
+        elif item["type"] == "reference":
+            problems.append(Problem(path, item["msg"]))
         else:
             problems.append(Problem(path, f"got {item['input']!r}", rule(item)))
     return problems
 
 
-def _unknown(path: str, loc: tuple[int | str, ...]) -> Problem:
-    key = str(loc[-1])
-    if len(loc) == 1 and key in _NOT_YET:
-        return Problem(path, f"{_NOT_YET[key]} isn't supported by this version", "remove the key")
-    section = SECTIONS.get(str(loc[0]), Recipe) if len(loc) > 1 else Recipe
-    return Problem(path, "unknown key", nearest(key, section.model_fields))
-
-
-def _absolute(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with every path made absolute, so that it means the same from any folder."""
-
-    def place(ref: str | None, always: bool = False) -> str | None:
-        if ref is None or ref.startswith("python:"):
-            return ref
-        path = folder / Path(ref).expanduser()
-        here = always or path.exists() or ref.startswith((".", "/", "~"))
-        return str(path.resolve()) if here else ref
-
-    models = [
-        entry.model_copy(update={"model": place(entry.model), "weights": place(entry.weights, always=True)})
-        for entry in recipe.models
-    ]
-    changes: dict[str, Any] = {"models": models, "base_model": place(recipe.base_model)}
-    if recipe.data is not None:
-        data = recipe.data
-        validation = place(data.validation) if isinstance(data.validation, str) else data.validation
-        changes["data"] = data.model_copy(
-            update={"train": place(data.train), "validation": validation, "test": place(data.test)}
-        )
-    return recipe.model_copy(update=changes)
+def _section(loc: tuple[int | str, ...]) -> type[Section]:
+    """The section that a key which isn't known stands in: the innermost named on the way to it."""
+    return next((SECTIONS[part] for part in reversed(loc[:-1]) if isinstance(part, str) and part in SECTIONS), Recipe)
 
 
 class _Loader(yaml.SafeLoader):
@@ -185,9 +191,10 @@ def read_yaml(text: str | bytes) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _parse(path: Path) -> list[dict[str, Any]]:
+    """The documents of a YAML file; empty ones, as behind a last `---`, don't count."""
     try:
-        raw = read_yaml(path.read_bytes())
+        documents = list(yaml.load_all(path.read_bytes(), Loader=_Loader))
     except OSError as error:
         raise RecipeError(Problem(str(path), f"the recipe can't be read ({error.strerror})")) from None
     except yaml.MarkedYAMLError as error:
@@ -197,7 +204,9 @@ def _parse(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         first = (str(error) or "nested too deep").partition("\n")[0]
         raise RecipeError(Problem(str(path), f"not YAML: {first}")) from None
-    if not isinstance(raw, dict):
-        found = "nothing" if raw is None else f"a {type(raw).__name__}"
-        raise RecipeError(Problem(str(path), f"holds {found}", "a recipe is a mapping, such as `fusion: attention`"))
-    return raw
+    found = [document for document in documents if document is not None]
+    for raw in found or [None]:
+        if not isinstance(raw, dict):
+            kind = "nothing" if raw is None else f"a {type(raw).__name__}"
+            raise RecipeError(Problem(str(path), f"holds {kind}", "a recipe is a mapping, such as `fusion: attention`"))
+    return found

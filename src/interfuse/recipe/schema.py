@@ -29,6 +29,12 @@ def _as_text(value: Any) -> Any:
         raise PydanticCustomError("reference", said) from None
 
 
+def _as_range(value: Any) -> Any:
+    if isinstance(value, list) and len(value) == 2 and all(type(end) is int and end >= 0 for end in value):
+        return value
+    raise PydanticCustomError("layer_range", "should be two whole numbers, [first, the one after the last]")
+
+
 _TEXT_OR_MAPPING: list[JsonValue] = [{"type": "string", "minLength": 1}, {"type": "object"}]
 _REFERENCE: JsonDict = {"anyOf": _TEXT_OR_MAPPING}
 _REFERENCE_OR_NONE: JsonDict = {"anyOf": [*_TEXT_OR_MAPPING, {"type": "null"}]}
@@ -103,7 +109,7 @@ class SliceSource(Section):
     """A range of a model's layers."""
 
     model: ModelRef = Field(description="The model, as in `models`.", json_schema_extra=_REFERENCE)
-    layer_range: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] = Field(
+    layer_range: Annotated[list[int], BeforeValidator(_as_range)] = Field(
         description="The first layer, counted from 0, and the one after the last: [0, 16]."
     )
     parameters: Parameters = Field(default_factory=dict, description="This source's own options.")
@@ -143,9 +149,7 @@ class Tokenizer(Section):
     """The output's vocabulary."""
 
     source: Any = Field(
-        default="union",
-        description="union, base, or a model whose tokenizer is taken.",
-        json_schema_extra=_REFERENCE,
+        default="union", description="union, base, or a model whose tokenizer is taken.", json_schema_extra=_REFERENCE
     )
     tokens: dict[str, TokenRow] | None = Field(default=None, description="Tokens that are added, or whose rows are chosen.")
     pad_to_multiple_of: Count | None = Field(default=None, description="The vocabulary's size is rounded up to a multiple.")
@@ -282,9 +286,7 @@ class Recipe(Section):
         description="In a file of several recipes, what later ones call this one's result.",
     )
     base_model: ModelRef | None = Field(
-        default=None,
-        description="The common ancestor, for merges of task vectors.",
-        json_schema_extra=_REFERENCE_OR_NONE,
+        default=None, description="The common ancestor, for merges of task vectors.", json_schema_extra=_REFERENCE_OR_NONE
     )
     models: list[ModelEntry] = Field(default_factory=list, description="The pool of models, in order.")
     slices: list[Slice] | None = Field(
@@ -297,8 +299,7 @@ class Recipe(Section):
     )
     parameters: Parameters = Field(default_factory=dict, description="The method's options.")
     drop: list[str] | None = Field(
-        default=None,
-        description="Tensors that are left out wherever they occur: patterns as in a filter.",
+        default=None, description="Tensors that are left out wherever they occur: patterns as in a filter."
     )
     keep: list[str] | None = Field(
         default=None,
@@ -311,9 +312,7 @@ class Recipe(Section):
     out_dtype: Ref | None = Field(default=None, description="The type that a merge is written in.")
     int8_mask: bool | None = Field(default=None, description="Accepted, and changes nothing.")
     tokenizer_source: Any = Field(
-        default=None,
-        description="base, union, or a model whose tokenizer the output gets.",
-        json_schema_extra=_REFERENCE_OR_NONE,
+        default=None, description="base, union, or a model whose tokenizer it gets.", json_schema_extra=_REFERENCE_OR_NONE
     )
     tokenizer: Tokenizer | None = Field(default=None, description="More about the output's vocabulary.")
     chat_template: Ref | None = Field(
