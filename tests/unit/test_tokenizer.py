@@ -152,6 +152,22 @@ def test_an_older_form_that_cannot_be_converted_is_refused(tmp_path: Path) -> No
         read_tokenizer(tmp_path)
 
 
+def test_a_list_of_tokens_alone_can_be_kept_but_not_changed(tmp_path: Path) -> None:
+    """A chemist's tokenizer: a vocab.txt, and a config that says nothing that transformers knows."""
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, more in zip(folders, ("", "", "Br\n"), strict=True):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "vocab.txt").write_bytes(b"[PAD]\r\n[UNK]\nC\n" + more.encode())
+    first, second, third = (found for folder in folders if (found := read_tokenizer(folder, folder.name)))
+    assert first.tokens == {"[PAD]": 0, "[UNK]": 1, "C": 2}
+    assert union([first, second])[0].files == {"vocab.txt": b"[PAD]\r\n[UNK]\nC\n"}
+    with pytest.raises(CheckpointError, match=r"^c: its tokenizer can't be united with that of a: a has a list of tokens only"):
+        union([first, third])
+    with pytest.raises(CheckpointError, match=r"^a: has only a vocab.txt, and transformers .*: no token can be added; save it"):
+        with_tokens(first, [{"content": "<x>"}])
+
+
 def test_a_conversion_without_tokenizer_json_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
@@ -161,9 +177,9 @@ def test_a_conversion_without_tokenizer_json_is_refused(tmp_path: Path, monkeypa
             return cls()
 
         def save_pretrained(self, folder: str) -> None:
-            (Path(folder) / "vocab.txt").write_text("a")
+            (Path(folder) / "vocab.json").write_text("{}")
 
-    (tmp_path / "vocab.txt").write_text("a")
+    (tmp_path / "vocab.json").write_text("{}")
     monkeypatch.setattr(transformers, "AutoTokenizer", Slow)
     with pytest.raises(CheckpointError, match=r"can't be written as a tokenizer.json; use another source"):
         read_tokenizer(tmp_path)
@@ -317,6 +333,14 @@ def test_word_level_unites(data: Callable[..., Data]) -> None:
     made, _ = union([data(words("a", "b")), data(words("c", "a"))])
     assert made.tokens == {"<unk>": 0, "a": 1, "b": 2, "c": 3}
     assert cut(made, "c") == ["c"]
+
+
+def test_a_tokenizer_without_its_unknown_token_is_tried_on_what_it_can_cut(data: Callable[..., Data]) -> None:
+    first, second = ({token: place for place, token in enumerate(vocab)} for vocab in (["<unk>", "a"], ["a", "b"]))
+    parents = [data(Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))) for vocab in (second, first)]
+    made, notes = union(parents)
+    assert made.tokens == {"a": 0, "b": 1, "<unk>": 2}
+    assert notes == []
 
 
 def test_added_tokens_keep_their_ids_when_words_come_after_them(data: Callable[..., Data]) -> None:

@@ -32,6 +32,7 @@ _OLDER = (
     "vocab.json",
     "vocab.txt",
 )
+_LIST = "vocab.txt"
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
@@ -42,7 +43,8 @@ _KINDS = ("BPE", "WordPiece", "Unigram", "WordLevel")
 class Tokenizer:
     """A tokenizer: `name` for messages, `files` as they are to be written, `data` and `config` the two JSON files' values.
 
-    `tokens` has each token's id, those included that transformers adds when it loads the folder.
+    `tokens` has each token's id, those included that transformers adds when it loads the folder. `bare` is one of which only
+    the list of tokens is known, not how it cuts text: it can be kept, but not changed.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Tokenizer:
     data: dict[str, Any]
     config: dict[str, Any]
     tokens: dict[str, int]
+    bare: bool = False
 
     @property
     def kind(self) -> str:
@@ -84,7 +87,12 @@ def read_tokenizer(folder: Path, name: str | None = None) -> Tokenizer | None:
         return _tokenizer(name, files, files)
     if not any(key in files for key in _OLDER if key != "added_tokens.json"):
         return None
-    return _tokenizer(name, files, _converted(folder))
+    try:
+        return _tokenizer(name, files, _converted(folder))
+    except CheckpointError:
+        if _LIST not in files:
+            raise
+    return replace(_tokenizer(name, files, {**files, MAIN: _listed(files[_LIST])}), bare=True)
 
 
 def with_tokens(tokenizer: Tokenizer, added: Iterable[Mapping[str, Any]]) -> Tokenizer:
@@ -95,7 +103,8 @@ def with_tokens(tokenizer: Tokenizer, added: Iterable[Mapping[str, Any]]) -> Tok
     tokens = dict(tokenizer.tokens)
     data = {**tokenizer.data, "model": dict(tokenizer.data["model"]), "added_tokens": list(_added(tokenizer.data))}
     listed = {entry["content"] for entry in data["added_tokens"]}
-    implied = [{**_PLAIN, "special": True, "content": token} for token in tokens if token not in core_of(data)]
+    core = core_of(data)
+    implied = [{**_PLAIN, "special": True, "content": token} for token in tokens if token not in core]
     for entry in [*(entry for entry in implied if entry["content"] not in listed), *added]:
         token = entry["content"]
         if token in listed:
@@ -111,6 +120,9 @@ def with_tokens(tokenizer: Tokenizer, added: Iterable[Mapping[str, Any]]) -> Tok
 
 def rewritten(tokenizer: Tokenizer, data: dict[str, Any], tokens: dict[str, int]) -> Tokenizer:
     """The tokenizer with another tokenizer.json, without the older files that say something else."""
+    if tokenizer.bare:
+        wrong = f"has only a {_LIST}, and transformers doesn't know for what tokenizer: no token can be added"
+        raise CheckpointError(Problem(tokenizer.name, wrong, f"save it with a {MAIN}"))
     config = dict(tokenizer.config)
     if "added_tokens_decoder" in config:
         entries = [(str(e["id"]), {k: v for k, v in e.items() if k != "id"}) for e in _added(data)]
@@ -229,6 +241,13 @@ def _from_config(config: Mapping[str, Any]) -> list[str]:
 def _content(value: Any) -> str | None:
     found = value.get("content") if isinstance(value, dict) else value
     return found if isinstance(found, str) else None
+
+
+def _listed(content: bytes) -> bytes:
+    """A tokenizer.json for the lines of a vocab.txt."""
+    lines = content.decode("utf-8", "replace").split("\n")
+    vocab = {line.rstrip("\r"): place for place, line in enumerate(lines) if line}
+    return encode({"model": {"type": "WordPiece", "vocab": vocab}})
 
 
 def _converted(folder: Path) -> dict[str, bytes]:

@@ -42,7 +42,8 @@ def union(tokenizers: Sequence[Tokenizer]) -> tuple[Tokenizer, list[str]]:
     for other in tokenizers[1:]:
         if other.data == tokenizers[0].data and other.tokens == tokenizers[0].tokens:
             continue
-        found, wrong = _with_core_of(result, other, united)
+        bare = next((one.name for one in (tokenizers[0], other) if one.bare), None)
+        found, wrong = (None, f"{bare} has a list of tokens only") if bare else _with_core_of(result, other, united)
         if found is None:
             problems.append(
                 Problem(other.name, f"its tokenizer can't be united with that of {united[0].name}: {wrong}", _WAY_OUT)
@@ -66,7 +67,8 @@ def union(tokenizers: Sequence[Tokenizer]) -> tuple[Tokenizer, list[str]]:
 def _new(result: Tokenizer, other: Tokenizer) -> list[dict[str, Any]]:
     """The added tokens of `other`, those that only its config names included, in order of their ids."""
     listed = {entry["content"]: entry for entry in other.data.get("added_tokens") or []}
-    named = {token: {"content": token, "special": True} for token in other.tokens if token not in other.core}
+    core = other.core
+    named = {token: {"content": token, "special": True} for token in other.tokens if token not in core}
     mine = {entry["content"] for entry in result.data.get("added_tokens") or []}
     found = {**named, **listed}
     return [found[token] for token in sorted(found, key=lambda token: other.tokens[token]) if token not in mine]
@@ -130,8 +132,8 @@ def _unknown(tokenizer: Tokenizer) -> str | None:
 
 def _candidates(result: Tokenizer, other: Tokenizer) -> Iterator[Tokenizer]:
     """Tokenizers with both cores: for BPE with merges in either of two orders."""
-    added = _only_added(other)
-    learned = [token for token in sorted(other.core, key=other.core.__getitem__) if token not in added | result.tokens.keys()]
+    core, taken = other.core, _only_added(other) | result.tokens.keys()
+    learned = [token for token in sorted(core, key=core.__getitem__) if token not in taken]
     first = max(result.tokens.values(), default=-1) + 1
     tokens = {**result.tokens, **{token: first + place for place, token in enumerate(learned)}}
     scores = _rescaled(result, other) if result.kind == "Unigram" else None
@@ -204,19 +206,20 @@ def _misnumbered(tokenizer: Tokenizer) -> str:
 def _lost(result: Tokenizer, parent: Tokenizer) -> str:
     """The first token of `parent` that `result` makes no more, or the first text that it doesn't give back; or nothing."""
     new, old = _running(result), _running(parent)
+    made, making = old.model, new.model
     for token, place in parent.core.items():
-        if _pieces(old.model, token) != [(place, token)]:
+        if _pieces(made, token) != [(place, token)]:
             continue
-        found = [piece for _, piece in _pieces(new.model, token)]
+        found = [piece for _, piece in _pieces(making, token)]
         if found != [token]:
             return f"token {token!r} of {parent.name} would be cut into {found}"
     unknown = _unknown(parent)
     for text in _samples(parent, old):
-        before = old.encode(text, add_special_tokens=False)
-        if unknown in before.tokens:
+        places, pieces = _cut(old, text)
+        if not pieces or unknown in pieces:
             continue
-        was = old.decode(before.ids, skip_special_tokens=False)
-        now = new.decode(new.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
+        was = old.decode(places, skip_special_tokens=False)
+        now = new.decode(_cut(new, text)[0], skip_special_tokens=False)
         if was != now:
             return f"{text!r} comes back from {parent.name} as {was!r}, and would as {now!r}"
     return ""
@@ -227,6 +230,15 @@ def _pieces(model: Any, text: str) -> list[tuple[int, str]]:
         return [(piece.id, piece.value) for piece in model.tokenize(text)]
     except Exception:  # a text that has no pieces in this model, and no unknown token
         return []
+
+
+def _cut(running: Any, text: str) -> tuple[list[int], list[str]]:
+    """The ids and tokens of a text; none where the tokenizer can't cut it."""
+    try:
+        found = running.encode(text, add_special_tokens=False)
+    except Exception:  # a character that has no token, and no unknown token
+        return [], []
+    return found.ids, found.tokens
 
 
 def _samples(tokenizer: Tokenizer, running: Any) -> list[str]:
@@ -242,8 +254,8 @@ def _cut_otherwise(result: Tokenizer, parent: Tokenizer) -> list[str]:
         return []
     new, old = _running(result), _running(parent)
     texts = _samples(parent, old)
-    cuts = [[running.encode(text, add_special_tokens=False).tokens for running in (old, new)] for text in texts]
-    differing = [(text, was, now) for text, (was, now) in zip(texts, cuts, strict=True) if was != now]
+    cuts = [[_cut(running, text)[1] for running in (old, new)] for text in texts]
+    differing = [(text, was, now) for text, (was, now) in zip(texts, cuts, strict=True) if was and was != now]
     if not differing:
         return []
     text, was, now = differing[0]
