@@ -38,6 +38,10 @@ class MappedFile:
         self._bytes: np.ndarray | None = None
         self._lock = threading.Lock()
 
+    def state(self) -> tuple[str, int, int]:
+        """What tells this file from another or a later one: path, size, and when it was last written."""
+        return str(self.path.resolve()), *self._known[:2]
+
     def check(self) -> None:
         """Nothing, or a `CheckpointError` if the file isn't the one that was opened."""
         if _state(self.path) != self._known:

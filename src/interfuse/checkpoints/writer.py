@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -93,8 +94,13 @@ class MemoryWriter:
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | Path, *, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
-    """Give an empty folder beside `path`, which becomes `path` when the block ends without an exception.
+def whole_folder(
+    path: str | Path, *, overwrite: bool = False, inputs: Iterable[str | Path] = (), resume: bool = False
+) -> Iterator[Path]:
+    """Give a folder beside `path`, empty, which becomes `path` when the block ends without an exception.
+
+    With `resume` it isn't empty where a run of the same `path` was ended from outside: it's what that run left. Without,
+    such a rest is removed. Two runs at once of one `path` are a `CheckpointError`.
 
     A non-empty `path` needs `overwrite`; then it is replaced, and removed once the new one is in place. Refused in any
     case: a `path` that is a file, the current folder, or one of `inputs`, or holds one of them. A link is followed.
@@ -102,26 +108,60 @@ def whole_folder(path: str | Path, *, overwrite: bool = False, inputs: Iterable[
     """
     target = Path(path).resolve()
     _refuse(target, str(path), overwrite, [Path(item).resolve() for item in inputs])
+    part = target.parent / f".{target.name}.interfuse-part"
+    with _alone(target, part, str(path)):
+        try:
+            if part.exists() and not resume:
+                shutil.rmtree(part)
+            part.mkdir(exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(Problem(str(path), f"can't be made: {error.strerror}", "choose another folder")) from None
+        keep = False
+        try:
+            yield part
+            for folder, _, files in os.walk(part):
+                for name in files:
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
+            _put(part, target)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            keep = True
+            wrong = f"can't be written: {error.strerror}"
+            allowed = "free some space and run again with --resume, or choose another folder"
+            raise CheckpointError(Problem(str(path), wrong, allowed)) from None
+        except KeyboardInterrupt:
+            keep = True
+            raise
+        finally:
+            if not (keep and any(part.glob("journal.jsonl"))):
+                shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(target: Path, part: Path, shown: str) -> Iterator[None]:
+    """Hold a lock on the output: it ends with the process, however that ends."""
+    lock = part.with_name(part.name + ".lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.parent / f".interfuse-{secrets.token_hex(8)}.part"
-        part.mkdir()
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise CheckpointError(Problem(str(path), f"can't be made: {error.strerror}", "choose another folder")) from None
+        raise CheckpointError(Problem(shown, f"can't be made: {error.strerror}", "choose another folder")) from None
     try:
-        yield part
-        for folder, _, files in os.walk(part):
-            for name in files:
-                _sync(Path(folder, name))
-            _sync(Path(folder))
-        _put(part, target)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        wrong = f"can't be written: {error.strerror}"
-        raise CheckpointError(Problem(str(path), wrong, "free some space, or choose another folder")) from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            wrong = "is being written by another run"
+            raise CheckpointError(Problem(shown, wrong, "wait for it, or choose another folder")) from None
+        yield
+        lock.unlink(missing_ok=True)
+    except BaseException:
+        if not part.exists():
+            lock.unlink(missing_ok=True)
+        raise
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        os.close(handle)
 
 
 def _refuse(target: Path, shown: str, overwrite: bool, inputs: list[Path]) -> None:

@@ -6,9 +6,6 @@ Modules and mappings are merged in memory, paths from file to file. No arithmeti
 from __future__ import annotations
 
 import copy
-import json
-import platform
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,22 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import ValidationError
 
-import interfuse
-from interfuse import registry
 from interfuse.checkpoints.source import Checkpoint, open_checkpoint
-from interfuse.checkpoints.writer import MemoryWriter, TensorWriter, whole_folder
-from interfuse.engine.local import check_data, execute
+from interfuse.checkpoints.writer import MemoryWriter, whole_folder
+from interfuse.engine.folder import merge_into
+from interfuse.engine.local import execute
+from interfuse.engine.opening import open_references
 from interfuse.errors import CheckpointError, ModelError, OptionError, Problem, UserError, nearest
-from interfuse.plan import FLOATS, Plan, plan_merge
+from interfuse.plan import Plan, plan_merge
+from interfuse.recipe import Recipe
+from interfuse.recipe.check import form_problems
+from interfuse.recipe.pieces import references
+from interfuse.registry import problems_of
 
 if TYPE_CHECKING:
     import torch
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".index.json")
-#: What speaks of the copied model alone: its card, and how it was itself made.
-_ITS_OWN = ("README.md", "interfuse.json")
-_LARGEST_SIDE_FILE = 64 * 2**20
 
 
 def merge(
@@ -41,8 +38,11 @@ def merge(
     base: Any = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     dtype: str | torch.dtype | None = None,
+    seed: int = 0,
+    threads: int | None = None,
     allow_nonfinite: bool = False,
     **options: Any,
 ) -> Any:
@@ -52,11 +52,13 @@ def merge(
     module: a copy of the base, or else of the first, with merged parameters and persistent buffers; what's tied stays
     tied, and the inputs are unchanged. Mappings give a dict. Paths need `out` and give its Path: a new folder with
     `model.safetensors`, the base's (or first's) config, tokenizer and other small files, and `interfuse.json`, which says
-    how it was made; `overwrite` lets it replace a folder.
+    how it was made; `overwrite` lets it replace a folder, `resume` goes on where a run that was killed was.
 
     `weights` is one number a model (1 each; a mapping goes by the models' names), `dtype` the type of the result's
-    floating-point tensors (that of the base or first), `options` the method's own; an option named `lambda` is also
-    taken as `lambda_`. NaN or infinity in the result is an error unless `allow_nonfinite`. Raises `OptionError`,
+    floating-point tensors (that of the base or first), `seed` that of all chance, `threads` how many (as many as there are
+    processors; the bytes are the same). `options` are the method's own, in any form that a recipe may have them: a
+    number, a list over depth, filters; one with a value a model may also be a mapping by the models' names. An option
+    named `lambda` is also taken as `lambda_`. NaN or infinity is an error unless `allow_nonfinite`. Raises `OptionError`,
     `CheckpointError` or, for modules, `ModelError`, with every mismatch, and then nothing is written.
     """
     if isinstance(models, (str, Path)):
@@ -68,23 +70,89 @@ def merge(
         raise OptionError(Problem("out", "missing", "models given as paths are merged into a folder: give out=FOLDER"))
     if kind != "path" and out is not None:
         raise OptionError(Problem("out", f"got {str(out)!r}", f"a merge of {kind}s is returned: leave it out"))
-    chosen = _weights(weights, names)
-    type_name = None if dtype is None else str(dtype)
+    given, called, ancestor = _named(refs, base, names, in_memory=kind != "path")
+    recipe = _recipe(method, called, ancestor, names, weights, None if dtype is None else str(dtype), seed, options)
     try:
-        sources = _open(base, refs, None if kind == "path" else names)
-        plan = plan_merge(method, [s for s in sources[1:] if s], sources[0], options, chosen, type_name)
+        checkpoints = open_references(references(recipe), given)
+        plan, sources = plan_merge(recipe, checkpoints), list(checkpoints.values())
         if kind == "path":
-            assert out is not None
-            return _merge_files(plan, sources, refs if base is None else [base, *refs], Path(out), overwrite, allow_nonfinite)
-        check_data(plan, sources)
+            inputs = [path for ref in checkpoints for path in (ref.path, ref.lora) if path is not None and Path(path).exists()]
+            with whole_folder(Path(out or ""), overwrite=overwrite, inputs=inputs, resume=resume) as folder:
+                merge_into(
+                    plan, sources, folder, recipe=recipe.model_dump(exclude_defaults=True),
+                    threads=threads, allow_nonfinite=allow_nonfinite, resume=resume,
+                )  # fmt: skip
+            return Path(out or "")
         writer = MemoryWriter(plan.specs)
-        execute(plan, sources, writer.append, allow_nonfinite=allow_nonfinite)
+        execute(plan, sources, writer, threads=threads, allow_nonfinite=allow_nonfinite)
     except CheckpointError as error:
         if kind == "module":
             raise ModelError(*error.problems) from None
         raise
     reference = refs[0] if base is None else base
     return (_as_module if kind == "module" else _as_mapping)(reference, writer.tensors, plan)
+
+
+def _named(
+    refs: Sequence[Any], base: Any, names: list[str] | None, *, in_memory: bool
+) -> tuple[dict[str, Checkpoint], list[str], str | None]:
+    """The checkpoints that are in memory by what a recipe calls them, and what it calls the models and the base."""
+    if not in_memory:
+        return {}, [str(ref) for ref in refs], None if base is None else str(base)
+    called = names or [f"models[{i}]" for i in range(len(refs))]
+    given: dict[str, Checkpoint] = {}
+    problems: list[Problem] = []
+    places = ([("base", base)] if base is not None else []) + list(zip(called, refs, strict=True))
+    for name, ref in places:
+        try:
+            given[name] = replace(open_checkpoint(ref), name=f"{name} ({type(ref).__name__})")
+        except UserError as error:
+            problems += [Problem(f"{name}: {p.path}".rstrip(": "), p.wrong, p.allowed) for p in error.problems]
+    if problems:
+        raise CheckpointError(*problems)
+    return given, called, None if base is None else "base"
+
+
+def _recipe(
+    method: str,
+    models: Sequence[str],
+    base: str | None,
+    names: list[str] | None,
+    weights: Sequence[float] | Mapping[str, float] | None,
+    dtype: str | None,
+    seed: int,
+    options: dict[str, Any],
+) -> Recipe:
+    """The recipe that says the same; what is wrong with it is an `OptionError`."""
+    chosen = _weights(weights, names)
+    if chosen is not None and len(chosen) != len(models):
+        raise OptionError(Problem("weights", f"{len(chosen)} for {len(models)} models", "give one a model"))
+    own: list[dict[str, Any]] = [{} if chosen is None else {"weight": weight} for weight in chosen or models]
+    shared: dict[str, Any] = {}
+    for option, value in options.items():
+        if isinstance(value, Mapping) and names and set(value) <= set(names):
+            for parameters, name in zip(own, names, strict=True):
+                parameters.update({option: value[name]} if name in value else {})
+        else:
+            shared[option] = list(value) if isinstance(value, tuple) else value
+    content: dict[str, Any] = {
+        "merge_method": method,
+        "models": [{"model": m, "parameters": p} for m, p in zip(models, own, strict=True)],
+        "parameters": shared,
+        "seed": seed,
+    }
+    content |= {} if base is None else {"base_model": base}
+    content |= {} if dtype is None else {"out_dtype": dtype}
+    try:
+        recipe = Recipe.model_validate(content)
+        problems = form_problems(recipe)
+    except ValidationError as error:
+        problems = problems_of(error, "", list(Recipe.model_fields))
+    except UserError as error:
+        problems = list(error.problems)
+    if problems:
+        raise OptionError(*problems)
+    return recipe
 
 
 def _kind(refs: Sequence[Any], base: Any) -> str:
@@ -126,24 +194,6 @@ def _weights(weights: Sequence[float] | Mapping[str, float] | None, names: list[
     if unknown:
         raise OptionError(*(Problem(f"weights.{name}", "no model has this name", nearest(name, names)) for name in unknown))
     return [weights.get(name, 1.0) for name in names]
-
-
-def _open(base: Any, refs: Sequence[Any], names: list[str] | None) -> list[Checkpoint | None]:
-    """The base, or None, and the models, opened; or everything that is wrong with any of them."""
-    opened: list[Checkpoint | None] = []
-    problems: list[Problem] = []
-    for i, ref in enumerate([base, *refs]):
-        try:
-            checkpoint = None if ref is None else open_checkpoint(ref)
-        except UserError as error:
-            problems += error.problems
-            continue
-        if checkpoint and names and i:
-            checkpoint = replace(checkpoint, name=names[i - 1])
-        opened.append(checkpoint)
-    if problems:
-        raise CheckpointError(*dict.fromkeys(problems))
-    return opened
 
 
 def _as_module(reference: torch.nn.Module, arrays: Mapping[str, np.ndarray], plan: Plan) -> torch.nn.Module:
@@ -191,80 +241,3 @@ def _as_mapping(reference: Mapping[str, Any], arrays: Mapping[str, np.ndarray], 
         else:
             result[name] = array
     return result
-
-
-def _merge_files(
-    plan: Plan, sources: Sequence[Checkpoint | None], inputs: Sequence[str | Path], out: Path, overwrite: bool, allow: bool
-) -> Path:
-    with whole_folder(out, overwrite=overwrite, inputs=inputs) as folder:
-        check_data(plan, sources)
-        with TensorWriter(folder / "model.safetensors", plan.specs, {"format": "pt"}) as writer:
-            execute(plan, sources, writer.append, allow_nonfinite=allow)
-        reference = sources[0] or sources[1]
-        left_out = _copy_side_files(reference.folder, folder) if reference and reference.folder else []
-        if reference and any(spec.dtype != reference.specs[name].dtype for name, spec in plan.specs.items()):
-            _set_dtype(folder / "config.json", plan)
-        record = {**provenance(plan, sources), "left_out": left_out}
-        (folder / "interfuse.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return out
-
-
-def _copy_side_files(source: Path, folder: Path) -> list[str]:
-    """Copy config, tokenizer and the like; the names of what was left behind, weights aside."""
-    left_out = []
-    for item in sorted(source.iterdir()):
-        if item.name.startswith(".") or item.name.endswith(_WEIGHTS) or item.name in _ITS_OWN:
-            continue
-        if not item.is_file() or item.stat().st_size > _LARGEST_SIDE_FILE:
-            left_out.append(item.name)
-            continue
-        shutil.copyfile(item, folder / item.name)
-    return left_out
-
-
-def _set_dtype(path: Path, plan: Plan) -> None:
-    """Say the new type in a transformers config that names one: it's the type in which the model is loaded."""
-    stored = {output.spec.dtype for output in plan.outputs if output.rule == "sum"}
-    if len(stored) != 1 or not path.is_file():
-        return
-    name = next(name for name, dtype in FLOATS.items() if dtype in stored)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
-        raise CheckpointError(Problem(str(path), "isn't JSON", "get the file again")) from None
-    if _replace_dtype(config, name):
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _replace_dtype(config: Any, name: str) -> bool:
-    if not isinstance(config, dict):
-        return False
-    changed = False
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and isinstance(value, str) and value in FLOATS and value != name:
-            config[key] = name
-            changed = True
-        changed |= _replace_dtype(value, name)
-    return changed
-
-
-def provenance(plan: Plan, sources: Sequence[Checkpoint | None]) -> dict[str, Any]:
-    """What `interfuse.json` says: enough to run the merge again, and to know that it was these models."""
-    method = registry.find(plan.method, "weights")
-    hashes = [{"model": source.name, "xxh3": source.hash()} if source else None for source in sources]
-    return {
-        "kind": "merge",
-        "method": plan.method,
-        "options": dict(plan.options),
-        "base": hashes[0],
-        "models": [{**(entry or {}), "weight": w} for entry, w in zip(hashes[1:], plan.weights, strict=True)],
-        "dtypes": sorted({output.spec.dtype for output in plan.outputs}),
-        "plan": plan.digest(),
-        "notes": list(plan.notes),
-        "papers": [method.paper] if method.paper else [],
-        "versions": {
-            "interfuse": interfuse.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-    }
