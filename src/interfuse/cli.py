@@ -64,7 +64,12 @@ def run(
     threads: Annotated[int | None, typer.Option(min=1, help="How many CPU threads to compute with.")] = None,
     device: Device = None,
     seed: Annotated[int | None, typer.Option(min=0, help="In place of the recipe's seed.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a merge that was ended from outside.")] = False,
     overwrite: Overwrite = False,
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Merge models that hold NaN or infinity.")] = False,
+    mergekit_compat: Annotated[
+        bool, typer.Option("--mergekit-compat", help="Do as mergekit does in the few places where we differ.")
+    ] = False,
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -76,11 +81,14 @@ def run(
             recipe,
             out,
             overwrite=overwrite,
+            resume=resume,
             trust_code=trust_code,
             seed=seed,
             threads=threads,
             device=device,
             dry_run=dry_run,
+            allow_nonfinite=allow_nonfinite,
+            mergekit_compat=mergekit_compat,
         )
     typer.echo(_document(record.to_dict()) if as_json else record.text())
 

@@ -9,6 +9,7 @@ import json
 import math
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,24 +91,28 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def write(folder: Path, recipe: Recipe, record: RunRecord, kind: str) -> None:
-    """Add the run to what `save` or `merge` wrote in `folder`; `kind` is said where they wrote no description."""
+def write(folder: Path, chain: Sequence[Recipe], record: RunRecord, kind: str) -> None:
+    """Add the run to what `save` or `merge` wrote in `folder`; `kind` is said where they wrote no description.
+
+    `chain` is the recipe, behind those whose results it merges.
+    """
     path = folder / DESCRIPTION
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"kind": kind, "interfuse": __version__}
     about["run"] = {key: value for key, value in record.to_dict().items() if key not in ("out", "plan")}
     path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / RECIPE).write_text(as_yaml(recipe), encoding="utf-8")
-    (folder / "README.md").write_text(_card(recipe, record), encoding="utf-8")
+    (folder / RECIPE).write_text(as_yaml(chain), encoding="utf-8")
+    (folder / "README.md").write_text(_card(chain, record), encoding="utf-8")
 
 
-def as_yaml(recipe: Recipe) -> str:
-    """The recipe as a file that can be run again from any folder."""
-    values = recipe.model_dump(mode="json", exclude_defaults=True) | {"seed": recipe.seed}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+def as_yaml(chain: Sequence[Recipe]) -> str:
+    """The recipes as a file that can be run again from any folder."""
+    values = [recipe.model_dump(mode="json", exclude_defaults=True) | {"seed": recipe.seed} for recipe in chain]
+    return yaml.safe_dump_all(values, sort_keys=False, allow_unicode=True)
 
 
-def _card(recipe: Recipe, record: RunRecord) -> str:
-    entries = zip(names_of(recipe), recipe.models, strict=True)
+def _card(chain: Sequence[Recipe], record: RunRecord) -> str:
+    recipe = chain[-1]
+    entries = zip(names_of(recipe), recipe.models, strict=False)
     models = [f"- {name}: `{e.model}`" + (f" with `{e.weights}`" if e.weights else "") for name, e in entries]
     models += [f"- base: `{recipe.base_model}`"] if recipe.base_model else []
     parts = [
@@ -117,7 +122,7 @@ def _card(recipe: Recipe, record: RunRecord) -> str:
     ]
     if record.scores():
         parts.append("\n".join(["## Quality", "", *(f"- {line}" for line in record.scores())]))
-    parts.append(f"## Recipe\n\n```yaml\n{as_yaml(recipe)}```")
+    parts.append(f"## Recipe\n\n```yaml\n{as_yaml(chain)}```")
     parts.append(
         "## Use\n\n```python\nimport interfuse as itf\n\n"
         'model = itf.load_run("this-folder")  # trust_code=True where the recipe names code that you trust\n```'

@@ -5,53 +5,65 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from interfuse.checkpoints.source import Checkpoint, open_checkpoint
+from interfuse.checkpoints.source import Checkpoint
 from interfuse.checkpoints.writer import whole_folder
-from interfuse.engine.merge import merge
-from interfuse.errors import CheckpointError, OptionError, Problem, UserError, nearest
+from interfuse.engine.chain import plan_recipes
+from interfuse.engine.folder import merge_into
+from interfuse.errors import OptionError, Problem, nearest
 from interfuse.pipeline.finished import code_of, description, is_saved
 from interfuse.pipeline.record import RunRecord, hash_source, versions, write
-from interfuse.plan import FLOATS, plan_merge
-from interfuse.recipe import Recipe, check_recipe
-from interfuse.recipe.check import TRUST, experts_of, method_of, names_of, options_of, weights_of
+from interfuse.plan import FLOATS, Plan
+from interfuse.recipe import Recipe, check_recipes
+from interfuse.recipe.check import TRUST, method_of, names_of, options_of
+from interfuse.recipe.pieces import references
 
 
-def check(recipe: str | Path | Mapping[str, Any] | Recipe, *, trust_code: bool = False) -> Recipe:
-    """The recipe, ready to run; `RecipeError` with everything that can be found wrong without loading a model or data."""
-    return check_recipe(recipe, trust_code=trust_code, also=lambda read: _further(read, trust_code))
+def check(
+    recipe: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe, *, trust_code: bool = False
+) -> tuple[Recipe, ...]:
+    """The recipes, ready to run; `RecipeError` with everything that can be found wrong without loading a model or data."""
+    return check_recipes(recipe, trust_code=trust_code, also=lambda read: _further(read, trust_code))
 
 
 def run(
-    recipe: str | Path | Mapping[str, Any] | Recipe,
+    recipe: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe,
     out: str | Path,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     trust_code: bool = False,
     seed: int | None = None,
     threads: int | None = None,
     device: str | None = None,
     dry_run: bool = False,
     progress: bool = True,
+    allow_nonfinite: bool = False,
+    mergekit_compat: bool = False,
 ) -> RunRecord:
     """Run a recipe: merge, fuse, train, evaluate, and write the model and its record to the folder `out`.
 
-    recipe: a YAML file, or a mapping. out: appears whole or not at all; one that is there needs `overwrite`.
-    trust_code: allow `python:` references. seed: in place of the recipe's. threads: torch's, for this run.
-    device: "cpu" or "cuda"; left out, cuda if there is one. dry_run: check all, write nothing.
+    recipe: a YAML file, or a mapping; or several, of which later ones merge what earlier ones give. out: appears whole or
+    not at all; one that is there needs `overwrite`. resume: a merge of files goes on where a run that was killed was.
+    trust_code: allow `python:` references. seed: in place of the recipe's. threads: the merge's, or torch's, for this run.
+    device: "cpu" or "cuda"; left out, cuda if there is one. dry_run: check all, write nothing. allow_nonfinite: NaN and
+    infinity may be merged. mergekit_compat: follow mergekit where it differs (docs/mergekit.md).
 
     Raises `UserError` with every problem, before anything is written.
     """
     started = time.monotonic()
-    checked = check(recipe, trust_code=trust_code)
+    chain = check(recipe, trust_code=trust_code)
     beside = Path(recipe).resolve().parent if isinstance(recipe, str | Path) else None
     if seed is not None:
-        checked = checked.model_copy(update={"seed": seed})
+        chain = tuple(read.model_copy(update={"seed": seed}) for read in chain)
+    checked, of_files = chain[-1], merges_files(chain)
     _check_options(seed, threads, device)
+    scratch = Path(out).resolve().parent
+    plan, sources = plan_recipes(chain, compat=mergekit_compat, scratch=scratch) if of_files else (None, [])
     method = method_of(checked)
     record = RunRecord(
         out=None,
@@ -59,19 +71,20 @@ def run(
         method=method.name if method else "",
         models=tuple(names_of(checked)),
         seed=checked.seed,
-        plan=_plan(checked),
+        plan=_described(checked) if plan is None else str(plan),
         papers=(method.paper,) if method and method.paper else (),
+        notes=() if plan is None else plan.notes,
     )
     if dry_run:
         return dataclasses.replace(record, versions=versions(), seconds=time.monotonic() - started)
-    with whole_folder(out, overwrite=overwrite, inputs=_inputs(checked)) as folder:
-        if merges_files(checked):
-            merge_files(checked, folder)
+    with whole_folder(out, overwrite=overwrite, inputs=_inputs(chain), resume=resume) as folder:
+        if plan is not None:
+            _merge(plan, sources, folder, chain, threads, allow_nonfinite, resume, progress)
         found: Any = None
-        if not merges_files(checked) or checked.data is not None:
+        if plan is None or checked.data is not None:
             from interfuse.pipeline import networks
 
-            step = networks.evaluate_merged if merges_files(checked) else networks.run_networks
+            step = networks.evaluate_merged if plan is not None else networks.run_networks
             with networks.settled(checked.seed, threads), code_beside(beside):
                 found = step(checked, folder, trust_code=trust_code, device=device, progress=progress)
         record = dataclasses.replace(
@@ -85,8 +98,25 @@ def run(
             versions=versions(),
             seconds=time.monotonic() - started,
         )
-        write(folder, checked, record, kind="weights")
+        write(folder, chain, record, kind="weights")
     return record
+
+
+def _merge(
+    plan: Plan,
+    sources: Sequence[Checkpoint],
+    folder: Path,
+    chain: Sequence[Recipe],
+    threads: int | None,
+    allow_nonfinite: bool,
+    resume: bool,
+    progress: bool,
+) -> None:
+    recipe = {"recipes": [read.model_dump(mode="json", exclude_defaults=True) for read in chain]}
+    merge_into(
+        plan, sources, folder, recipe=recipe,
+        threads=threads, allow_nonfinite=allow_nonfinite, resume=resume, progress=progress,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -102,28 +132,13 @@ def code_beside(folder: Path | None) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-def merges_files(recipe: Recipe) -> bool:
-    """Whether the recipe is a merge from file to file, without building a network."""
-    entries = experts_of(recipe) if recipe.form == "merge" else []
-    refs = [entry.model for entry in entries] + ([] if recipe.base_model is None else [recipe.base_model])
-    return (
-        recipe.form == "merge"
-        and all(Path(ref).exists() and not is_saved(ref) for ref in refs)
-        and all(entry.weights is None for entry in entries)
-    )
-
-
-def merge_files(recipe: Recipe, folder: Path) -> None:
-    """Merge checkpoints into `folder`, which is there and empty."""
-    merge(
-        str(recipe.merge_method),
-        [entry.model for entry in experts_of(recipe)],
-        base=recipe.base_model,
-        out=folder,
-        weights=weights_of(recipe),
-        dtype=recipe.out_dtype or recipe.dtype,
-        **options_of(recipe),
-    )
+def merges_files(chain: Sequence[Recipe]) -> bool:
+    """Whether the recipes are merges from file to file, without building a network."""
+    names = [recipe.name for recipe in chain]
+    if any(recipe.form != "merge" or any(entry.weights is not None for entry in recipe.models) for recipe in chain):
+        return False
+    paths = [reference.path for recipe in chain for reference in references(recipe)]
+    return all(not path.startswith("python:") and (path in names or not is_saved(path)) for path in paths)
 
 
 def _further(recipe: Recipe, trust_code: bool) -> list[Problem]:
@@ -140,7 +155,7 @@ def _further(recipe: Recipe, trust_code: bool) -> list[Problem]:
         from interfuse.pipeline.networks import names_problems
 
         problems += names_problems(recipe)
-    if recipe.data is not None and recipe.data.test is not None and recipe.models and merges_files(recipe):
+    if recipe.data is not None and recipe.data.test is not None and recipe.models and merges_files([recipe]):
         reference = Path(recipe.base_model or recipe.models[0].model)
         if not (reference / "config.json").is_file():
             allowed = "name the code: model: python:module:function with weights: FILE"
@@ -172,13 +187,8 @@ def _check_options(seed: int | None, threads: int | None, device: str | None) ->
         raise OptionError(*problems)
 
 
-def _plan(recipe: Recipe) -> str:
-    """What a run does, as text; a merge of files is resolved tensor by tensor from the files' headers."""
-    if merges_files(recipe):
-        base, *experts = _open([recipe.base_model, *(entry.model for entry in experts_of(recipe))])
-        dtype = recipe.out_dtype or recipe.dtype
-        found = [expert for expert in experts if expert is not None]
-        return str(plan_merge(str(recipe.merge_method), found, base, options_of(recipe), weights_of(recipe), dtype))
+def _described(recipe: Recipe) -> str:
+    """What a run does, as text."""
     lines = [f"{recipe.form}{f': {method.name}' if (method := method_of(recipe)) else ''}"]
     lines += [f"  {key}: {value}" for key, value in options_of(recipe).items()]
     for name, entry in zip(names_of(recipe), recipe.models, strict=True):
@@ -192,31 +202,20 @@ def _plan(recipe: Recipe) -> str:
     return "\n".join([*lines, f"seed: {recipe.seed}"])
 
 
-def _open(refs: list[str | None]) -> list[Checkpoint | None]:
-    """The checkpoints, None for None; every one that can't be opened is named."""
-    opened: list[Checkpoint | None] = []
-    problems: list[Problem] = []
-    for ref in refs:
-        try:
-            opened.append(None if ref is None else open_checkpoint(ref))
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise CheckpointError(*dict.fromkeys(problems))
-    return opened
-
-
-def _inputs(recipe: Recipe) -> list[str]:
+def _inputs(chain: Sequence[Recipe]) -> list[str]:
     """The files and folders that are read, which the output must not replace."""
-    refs: list[Any] = [recipe.base_model, *(ref for entry in recipe.models for ref in (entry.model, entry.weights))]
-    if recipe.data is not None:
-        refs += [recipe.data.train, recipe.data.validation, recipe.data.test]
+    refs: list[Any] = []
+    for recipe in chain:
+        refs += [entry.weights for entry in recipe.models]
+        refs += [path for reference in references(recipe) for path in (reference.path, reference.lora)]
+        if recipe.data is not None:
+            refs += [recipe.data.train, recipe.data.validation, recipe.data.test]
     return [ref for ref in refs if isinstance(ref, str) and Path(ref).exists()]
 
 
 def _hashed(recipe: Recipe, hashes: Mapping[str, str], merged: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs with their hashes: of the networks as loaded, or as a merge of files found them."""
-    found = {part["model"]: part["xxh3"] for part in [merged.get("base"), *merged.get("models", [])] if part}
+    found = {part["model"]: part["xxh3"] for part in merged.get("sources", [])}
     models = []
     for name, entry in zip(names_of(recipe), recipe.models, strict=True):
         about = {"name": name, "model": entry.model, "weights": entry.weights}

@@ -1,0 +1,109 @@
+"""Recipes one after the other, later ones merging what earlier ones give: one run, and no copy of a stage on disk.
+
+A stage's result is a checkpoint whose tensors are merged when they are first read, and forgotten soon after; a large one is
+kept in a file without a name, which ends with the process. Nothing is written but the last recipe's output.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from interfuse.checkpoints.source import Checkpoint
+from interfuse.engine.opening import open_references
+from interfuse.engine.outputs import Merging, job
+from interfuse.engine.scheduler import run_jobs
+from interfuse.errors import CheckpointError
+from interfuse.plan import Output, Plan, plan_merge
+from interfuse.recipe import Recipe
+from interfuse.recipe.pieces import references
+
+_LARGE = 2**25  # bytes from which on a tensor is kept in a file
+_HELD = 8  # tensors of a stage that are remembered
+
+
+def plan_recipes(
+    recipes: Sequence[Recipe], *, compat: bool = False, scratch: Path | None = None
+) -> tuple[Plan, list[Checkpoint]]:
+    """The last recipe's plan and its sources, of which those that earlier recipes give are merged when they are read.
+
+    `scratch` is a folder for large tensors of the stages (left out: the system's).
+    """
+    given: dict[str, Checkpoint] = {}
+    for recipe in recipes[:-1]:
+        plan, sources = _planned(recipe, given, compat)
+        given[str(recipe.name)] = merged(str(recipe.name), plan, sources, scratch)
+    return _planned(recipes[-1], given, compat)
+
+
+def _planned(recipe: Recipe, given: Mapping[str, Checkpoint], compat: bool) -> tuple[Plan, list[Checkpoint]]:
+    checkpoints = open_references(references(recipe), given)
+    return plan_merge(recipe, checkpoints, compat=compat), list(checkpoints.values())
+
+
+def merged(name: str, plan: Plan, sources: Sequence[Checkpoint], scratch: Path | None) -> Checkpoint:
+    """What the plan makes of its sources, as a checkpoint that is merged tensor by tensor, as they are read."""
+    stage = _Stage(plan, sources, scratch)
+    places = {output.name: _Merged(stage, output) for output in plan.outputs}
+    return Checkpoint(name, plan.specs, sources[plan.lead].folder, places)
+
+
+class _Stage:
+    """The tensors of one stage that have been merged and not yet forgotten; any thread may ask."""
+
+    def __init__(self, plan: Plan, sources: Sequence[Checkpoint], scratch: Path | None):
+        self._plan, self._sources, self._scratch = plan, sources, scratch
+        self._held: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def tensor(self, output: Output) -> np.ndarray:
+        """The merged tensor, flat; NaN in it is the next stage's affair."""
+        with self._lock:
+            if output.name not in self._held:
+                target = _Array(_room(output, self._scratch))
+                merging = Merging(self._sources, target, self._plan.seed)
+                run_jobs([job(output, merging)], 1)
+                if merging.refused:
+                    raise CheckpointError(*merging.refused)
+                self._held[output.name] = target.array
+                while len(self._held) > _HELD:
+                    self._held.popitem(last=False)
+            self._held.move_to_end(output.name)
+            return self._held[output.name]
+
+
+@dataclass(frozen=True)
+class _Array:
+    """A sink for one tensor."""
+
+    array: np.ndarray
+
+    def write(self, name: str, start: int, array: np.ndarray) -> None:
+        self.array[start : start + array.size] = array
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """A place whose tensor is merged when it is first read."""
+
+    stage: _Stage
+    output: Output
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        """Elements `start` to `stop`."""
+        return self.stage.tensor(self.output)[start:stop]
+
+
+def _room(output: Output, scratch: Path | None) -> np.ndarray:
+    spec = output.spec
+    if spec.nbytes < _LARGE:
+        return np.empty(spec.count, spec.storage)
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        file.truncate(spec.nbytes)
+        return np.memmap(file, spec.storage, "r+", shape=(spec.count,))
