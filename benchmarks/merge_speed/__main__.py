@@ -119,7 +119,7 @@ def main() -> int:
     text = table(found)
     (options.out / "README.md").write_text(text, encoding="utf-8")
     print("\n" + text)
-    return int(any("failed" in found[case.method] or (not options.quick and missed(case, found)) for case in cases))
+    return int(any(found[case.method].get("failed") or (not options.quick and missed(case, found)) for case in cases))
 
 
 class Bench:
@@ -160,7 +160,8 @@ class Bench:
             peak = self._timed(command, case, memory=True)
         except Failed as error:
             return {"failed": str(error)}
-        return {"seconds": peak.seconds, "own": peak.own, "resident": peak.resident, "error": self._error(case)}
+        values = {"seconds": peak.seconds, "own": peak.own, "resident": peak.resident, "others": peak.others}
+        return values | {"error": self._error(case)}
 
     def disk(self, folder: Path) -> dict[str, Any]:
         """The linear merge's floor with fsync, and ours, written to a disk."""
@@ -201,6 +202,8 @@ class Bench:
 def missed(case: Case, found: dict[str, Any]) -> bool:
     """Whether the case is slower than it must be, by what was measured."""
     row = found[case.method]
+    if "process" not in row:
+        return False
     process = statistics.median(row["process"])
     slow = bool(case.within and row["floor"] and process > case.within * statistics.median(row["floor"]))
     peer = (row.get("mergekit") or {}).get("seconds")

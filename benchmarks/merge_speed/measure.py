@@ -25,6 +25,7 @@ class Measured:
     own: float = 0.0
     resident: float = 0.0
     said: str = ""
+    others: float = 0.0  # CPU seconds that other processes used meanwhile: a quiet machine has almost none
 
 
 class Failed(Exception):
@@ -33,7 +34,7 @@ class Failed(Exception):
 
 def run(command: Sequence[str | Path], *, memory: bool = False) -> Measured:
     """Run the command to its end; with `memory`, sample it on the way, which costs it a little time."""
-    began = time.perf_counter()
+    busy, began = _others(), time.perf_counter()
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     own = resident = 0.0
     if memory:
@@ -46,7 +47,7 @@ def run(command: Sequence[str | Path], *, memory: bool = False) -> Measured:
     seconds = time.perf_counter() - began
     if process.returncode:
         raise Failed("\n".join(wrong.strip().splitlines()[-8:]) or f"exit status {process.returncode}")
-    return Measured(seconds, own, resident, said)
+    return Measured(seconds, own, resident, said, _others() - busy)
 
 
 def read_all(files: Iterable[Path]) -> None:
@@ -75,6 +76,13 @@ def floor_command(program: Path, models: Sequence[Path], out: Path, threads: int
     shards = [sorted(folder.glob("*.safetensors")) for folder in models]
     files = [str(file) for shard in zip(*shards, strict=True) for file in shard]
     return [str(program), str(threads), str(int(sync)), str(out), str(len(models)), *files]
+
+
+def _others() -> float:
+    """CPU seconds of the machine so far, without those of this process and the children that it has waited for."""
+    ticks = list(map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9]))
+    busy = sum(ticks) - ticks[3] - ticks[4]  # idle, and waiting for a disk
+    return busy / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def _family(pid: int) -> list[int]:

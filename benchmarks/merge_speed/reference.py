@@ -39,6 +39,8 @@ def slerp(models: Tensors, base: np.ndarray, t: float) -> np.ndarray:
 def model_stock(models: Tensors, base: np.ndarray) -> np.ndarray:
     """Between the base and the mean, by the mean cosine of the deltas."""
     deltas = [t - base for t in models]
+    if not all(np.any(delta) for delta in deltas):
+        return base  # a delta without a direction has no cosine, and counts as orthogonal
     cosines = [np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in itertools.combinations(deltas, 2)]
     cosine, count = float(np.mean(cosines)), len(models)
     t = np.clip(count * cosine / ((count - 1) * cosine + 1), 0, 1)

