@@ -22,9 +22,10 @@ from interfuse.errors import CheckpointError, Problem
 FLOATS = ("F32", "F16", "BF16", "F64")
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+#: What peft puts before the name of every tensor.
+PREFIX = "base_model.model."
 
 _FILES = (WEIGHTS, "adapter_model.bin")
-_PREFIX = "base_model.model."
 #: Entries of the config that change what the factors mean in ways that can't be written into a weight.
 _REFUSED = (
     "alora_invocation_tokens",
@@ -205,7 +206,7 @@ def _sort(weights: Checkpoint) -> tuple[dict[str, _Parts], dict[str, str], list[
     whole: dict[str, str] = {}
     problems: list[str] = []
     for key in weights.specs:
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         factor = _FACTOR.fullmatch(name) or _EMBEDDING.fullmatch(name) or _MAGNITUDE.fullmatch(name)
         if factor is None:
             target = _saved(name)

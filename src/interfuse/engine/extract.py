@@ -1,0 +1,266 @@
+"""A LoRA adapter out of a fine-tuned model and its base: the leading singular vectors of each matrix's change.
+
+One tensor is in memory at a time, and its change once in float32. What a product of thin matrices can't stand for (norms,
+convolutions, embeddings) is saved whole or left out, as asked, and never in silence. Which weights are matrices is read off
+their names and shapes. Not a way to make fine-tunes smaller without loss: what is lost is measured and reported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from interfuse.checkpoints.adapter_writer import AdapterWriter, lora_config
+from interfuse.checkpoints.adapters import FLOATS
+from interfuse.checkpoints.numbers import narrow, widen
+from interfuse.checkpoints.source import BLOCK, Checkpoint, open_checkpoint
+from interfuse.checkpoints.writer import whole_folder
+from interfuse.engine.keeping import How, Parts, sort_parts
+from interfuse.errors import CheckpointError, OptionError, Problem, nearest
+from interfuse.methods.decompose import directions
+from interfuse.plan import FLOATS as NAMES
+
+#: Below this share of the shorter side, the leading singular vectors are found without the others.
+_FEW = 0.25
+_MORE = 10  # vectors beyond those asked for, and
+_ROUNDS = 6  # multiplications by the matrix and its transpose: what makes them near the true ones
+
+
+class Extracted(NamedTuple):
+    """What became of one changed tensor: how it's kept, its rank, and the share of the change's norm that is lost."""
+
+    name: str
+    how: How
+    rank: int
+    error: float
+
+
+class Extraction(NamedTuple):
+    """The adapter's folder, what became of each changed tensor, and the share of all changes' norm that is lost."""
+
+    folder: Path
+    tensors: tuple[Extracted, ...]
+    error: float
+
+
+def extract_lora(
+    model: Any,
+    base: Any,
+    out: str | Path,
+    *,
+    rank: int | None = 16,
+    energy: float | None = None,
+    exclude: Sequence[str] = (),
+    embeddings: Literal["whole", "lora", "skip"] = "whole",
+    others: Literal["whole", "skip"] = "whole",
+    transposed: Sequence[str] | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> Extraction:
+    """Write the peft LoRA adapter `out` that brings `base` as near to `model` as factors of that rank can.
+
+    Each matrix gets at most `rank` (None: as many as it has), and no more than reach `energy`, a share in (0, 1] of the
+    squared norm of its change. `exclude` has patterns (`*`, `?`) of tensors to leave as they are in the base; the two
+    models may differ in those. Changed `embeddings` and `others` (norms, biases, convolutions) are saved `whole` or left
+    out (`skip`); embeddings may be given factors (`lora`). `transposed` has patterns of matrices that are stored
+    `[in, out]` (None: found for GPT-2 from its config). `dtype` is the factors' type. Models that don't fit each other, or
+    an option out of range, is a `CheckpointError` or `OptionError`, and nothing is written.
+    """
+    stored = _check_options(rank, energy, dtype, embeddings, others)
+    tuned, before = open_checkpoint(model), open_checkpoint(base)
+    names = _names(tuned, before, exclude)
+    parts = sort_parts(before, names, lambda name: _differs(tuned, before, name), embeddings, others, transposed)
+    if not parts.how:
+        raise CheckpointError(Problem(tuned.name, f"no tensor differs from {before.name}'s", "give a fine-tuned model"))
+    done = []
+    inputs = [ref for ref in (model, base) if isinstance(ref, str | Path)]
+    with whole_folder(out, overwrite=overwrite, inputs=inputs) as folder, AdapterWriter(folder) as writer:
+        squares: list[tuple[float, float]] = []
+        for name, how in parts.how.items():
+            lost, norm, kept = _write(writer, tuned, before, name, parts, rank, energy, stored)
+            if norm:
+                squares.append((lost, norm))
+                done.append(Extracted(name, how, kept, math.sqrt(lost / norm)))
+        error = math.sqrt(sum(lost for lost, _ in squares) / sum(norm for _, norm in squares)) if squares else 0.0
+        config = lora_config(
+            writer.ranks,
+            targets=parts.targets(list(writer.ranks)),
+            saved=parts.saved,
+            bias="all" if parts.biases else "none",
+            base=str(base) if isinstance(base, str | Path) else None,
+            fan_in_fan_out=any(name in parts.transposed for name in parts.how),
+        )
+        record = {
+            "kind": "extracted adapter",
+            "model": tuned.name,
+            "base": before.name,
+            "options": {"rank": rank, "energy": energy, "exclude": list(exclude), "embeddings": embeddings, "others": others},
+            "error": error,
+            "tensors": [item._asdict() for item in done],
+        }
+        writer.finish(config, record)
+    return Extraction(Path(out), tuple(done), error)
+
+
+def _check_options(rank: int | None, energy: float | None, dtype: str, embeddings: str, others: str) -> str:
+    """The stored type, or an `OptionError` with all that is out of range."""
+    problems = []
+    name = str(dtype).removeprefix("torch.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        problems.append(Problem("rank", f"got {rank!r}", "a whole number from 1 on, or none"))
+    if energy is not None and not 0 < energy <= 1:
+        problems.append(Problem("energy", f"got {energy!r}", "above 0 and at most 1"))
+    if name not in NAMES and name not in NAMES.values():
+        problems.append(Problem("dtype", f"got {name!r}", nearest(name, NAMES)))
+    if embeddings not in ("whole", "lora", "skip"):
+        problems.append(Problem("embeddings", f"got {embeddings!r}", "allowed: whole, lora, skip"))
+    if others not in ("whole", "skip"):
+        problems.append(Problem("others", f"got {others!r}", "allowed: whole, skip"))
+    if problems:
+        raise OptionError(*problems)
+    return NAMES.get(name, name)
+
+
+def _names(tuned: Checkpoint, before: Checkpoint, exclude: Sequence[str]) -> list[str]:
+    """The tensors that count, in the base's order, or a `CheckpointError` with all in which the two don't fit."""
+
+    def wanted(name: str) -> bool:
+        return not any(fnmatchcase(name, pattern) for pattern in exclude)
+
+    problems = [
+        Problem("exclude", f"{pattern!r} fits no tensor", "see the names in the models' files")
+        for pattern in exclude
+        if not any(fnmatchcase(name, pattern) for name in (*before.specs, *tuned.specs))
+    ]
+    for one, other in ((tuned, before), (before, tuned)):
+        problems += [
+            Problem(one.name, f"has no tensor {name!r}, {other.name} has", "give the model's own base, or exclude it")
+            for name in other.specs
+            if name not in one.specs and wanted(name)
+        ]
+    names = [name for name in before.specs if name in tuned.specs and wanted(name)]
+    for name in names:
+        ours, theirs = tuned.specs[name], before.specs[name]
+        if ours.shape != theirs.shape or (ours != theirs and not {ours.dtype, theirs.dtype} <= set(FLOATS)):
+            problems.append(
+                Problem(tuned.name, f"{name!r} is {ours}, the base's is {theirs}", "give its own base, or exclude it")
+            )
+    if problems:
+        raise CheckpointError(*problems)
+    return names
+
+
+def _deltas(tuned: Checkpoint, before: Checkpoint, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """Where each block begins, and the change in it: float32, float64 where a model is; integers as 0 or 1."""
+    ours, theirs = tuned.specs[name], before.specs[name]
+    kind = np.float64 if "F64" in (ours.dtype, theirs.dtype) else np.float32
+    start = 0
+    for after, first in zip(tuned.blocks(name), before.blocks(name), strict=True):
+        if ours.dtype in FLOATS:
+            out, other = np.empty((2, len(after)), kind)
+            widen(after, ours.dtype, out)
+            widen(first, theirs.dtype, other)
+            out -= other
+        else:
+            out = (after != first).astype(np.float32)
+        yield start, out
+        start += len(after)
+
+
+def _differs(tuned: Checkpoint, before: Checkpoint, name: str) -> bool:
+    return any(delta.any() for _, delta in _deltas(tuned, before, name))
+
+
+def _write(
+    writer: AdapterWriter,
+    tuned: Checkpoint,
+    before: Checkpoint,
+    name: str,
+    parts: Parts,
+    rank: int | None,
+    energy: float | None,
+    dtype: str,
+) -> tuple[float, float, int]:
+    """Write one tensor as it's to be kept: the squared norms of what is lost and of the change, and the rank."""
+    how, spec = parts.how[name], before.specs[name]
+    if how != "lora":
+        norm = _squared(tuned, before, name)
+        if how == "whole":
+            writer.stored(parts.stored_name(name), tuned.read(name), tuned.specs[name].dtype)
+        return (norm if how == "skip" else 0.0), norm, 0
+    kind = np.float64 if "F64" in (tuned.specs[name].dtype, spec.dtype) else np.float32
+    delta: np.ndarray = np.empty(spec.shape, kind)
+    for start, block in _deltas(tuned, before, name):
+        delta.reshape(-1)[start : start + len(block)] = block
+    norm = _norm(delta)
+    if not math.isfinite(norm):
+        wrong = f"{name!r} has values that aren't finite, here or in {before.name}"
+        raise CheckpointError(Problem(tuned.name, wrong, "exclude it, or repair the model"))
+    module = name.removesuffix(".weight")
+    embedding = name in parts.embeddings
+    change = delta.T if embedding or name in parts.transposed else delta
+    up, down = _rounded(_leading(change, norm, rank, energy), dtype)
+    writer.pair(module, up, down, dtype, embedding=embedding)
+    return _lost(change, up, down), norm, len(down)
+
+
+def _leading(change: np.ndarray, norm: float, rank: int | None, energy: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """B and A of the change's leading singular vectors, each with the roots of the values, in float64."""
+    side = min(change.shape)
+    if rank is not None and rank + _MORE < _FEW * side:
+        left, values, right = _few(change, rank)
+    else:
+        left, values, right = directions(change, rank)
+    if energy is not None:
+        reached = np.cumsum(values**2) >= energy * norm * (1 - 1e-9)
+        count = int(np.argmax(reached)) + 1 if reached.any() else len(values)
+        left, values, right = left[:, :count], values[:count], right[:count]
+    roots = np.sqrt(values)
+    return left * roots, roots[:, None] * right
+
+
+def _few(change: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The `rank` leading singular vectors by subspace iteration, https://arxiv.org/abs/0909.4061; the same at each call."""
+    random = np.random.Generator(np.random.Philox(0))
+    basis = random.standard_normal((change.shape[1], rank + _MORE)).astype(change.dtype)
+    for _ in range(_ROUNDS):
+        basis = np.linalg.qr(change.T @ np.linalg.qr(change @ basis)[0])[0]
+    left = np.linalg.qr(change @ basis)[0].astype(np.float64)
+    u, values, right = np.linalg.svd(left.T @ change, full_matrices=False)
+    keep = min(rank, int(np.count_nonzero(values > 1e-7 * values[:1])))
+    return (left @ u)[:, :keep], values[:keep], right[:keep]
+
+
+def _rounded(factors: tuple[np.ndarray, np.ndarray], dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """The factors as they will be read again."""
+    rounded = []
+    for factor in factors:
+        out: np.ndarray = np.empty(factor.shape)
+        widen(narrow(np.ascontiguousarray(factor), dtype), dtype, out)
+        rounded.append(out)
+    return rounded[0], rounded[1]
+
+
+def _lost(change: np.ndarray, up: np.ndarray, down: np.ndarray) -> float:
+    """The squared norm of what the product leaves out."""
+    step = max(1, BLOCK // change.shape[1])
+    total = 0.0
+    for row in range(0, len(change), step):
+        total += _norm(change[row : row + step] - up[row : row + step] @ down)
+    return total
+
+
+def _squared(tuned: Checkpoint, before: Checkpoint, name: str) -> float:
+    return sum(_norm(delta) for _, delta in _deltas(tuned, before, name))
+
+
+def _norm(array: np.ndarray) -> float:
+    """The squared norm, in float64, a block at a time."""
+    flat = array.reshape(-1)
+    blocks = (flat[start : start + BLOCK].astype(np.float64) for start in range(0, flat.size, BLOCK))
+    return math.fsum(float(block @ block) for block in blocks)
