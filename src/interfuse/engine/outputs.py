@@ -152,7 +152,9 @@ def _sum(output: Output, combination: Combination, merging: Merging, hashed: boo
     reader = Reader(output, merging.sources, [read for read, _ in terms], None)
     kinds = reader.kinds[1:] if terms else np.array([ZERO], np.uint8)
     coefficients = np.array([share for _, share in terms] or [0], reader.wide)
-    total, limit = reader.wide(combination.total), limit_of(output.spec.dtype, reader.wide)
+    # Where there is no base it is 0, and its share is no part of the sum.
+    total = reader.wide(combination.total - (0 if output.base is not None else combination.base))
+    limit = limit_of(output.spec.dtype, reader.wide)
 
     def task(start: int, stop: int, scratch: Scratch) -> None:
         addresses, raws = reader.block(start, stop)

@@ -110,7 +110,7 @@ def della(
     *,
     density: Density = (1.0,),
     epsilon: Epsilon = (0.15,),
-    normalize: Normalize = False,
+    normalize: Normalize = True,
     rescale: Rescale = True,
     lambda_: Scale = 1.0,
 ) -> Rule:

@@ -64,7 +64,7 @@ class RunRecord:
 
     def title(self) -> str:
         """`attention fusion of cnn and vit`."""
-        names = " and ".join([", ".join(self.models[:-1]), self.models[-1]]) if len(self.models) > 1 else self.models[0]
+        names = " and ".join(filter(None, [", ".join(self.models[:-1]), *self.models[-1:]]))
         what = {"fusion": f"{self.method} fusion of ", "merge": f"{self.method} merge of ", "ensemble": "ensemble of "}
         return what.get(self.form, "") + names
 

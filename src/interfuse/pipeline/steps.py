@@ -69,7 +69,7 @@ def run(
         out=None,
         form=checked.form,
         method=method.name if method else "",
-        models=tuple(names_of(checked)),
+        models=tuple(names_of(checked) or (Path(ref.path).name for ref in references(checked))),
         seed=checked.seed,
         plan=_described(checked) if plan is None else str(plan),
         papers=(method.paper,) if method and method.paper else (),
