@@ -71,6 +71,7 @@ class Outcome:
 
 
 AFTER = ("model.norm.weight", "lm_head.weight")
+APART = ("layers.0.self_attn.q_proj", "layers.1.self_attn.k_proj")  # the two where some mean cosine is negative
 RAMP = "tensors after the last layer: a ramp ends there, at t = 1; theirs begins again, at t = 0"
 BASE = {"base_model": "base"}
 
@@ -176,7 +177,9 @@ def arcs() -> Iterator[Case]:
     yield Case("karcher, two iterations", method("karcher", models("a", "b", "c"), max_iter=2))
     yield Case("model_stock, two models", method("model_stock", models("a", "b"), BASE))
     yield Case("model_stock", method("model_stock", models("a", "b", "c"), BASE))
-    yield Case("model_stock, filter_wise", method("model_stock", models("a", "b", "c"), BASE, filter_wise=True))
+    clamp = "rows whose deltas point apart: ours stays between base and mean, theirs goes past the base"
+    rows = method("model_stock", models("a", "b", "c"), BASE, filter_wise=True)
+    yield Case("model_stock, filter_wise", rows, APART, clamp)
 
 
 def deltas() -> Iterator[Case]:
@@ -269,7 +272,8 @@ def forms() -> Iterator[Case]:
     yield Case("out_dtype bfloat16", method("ties", half, BASE, {"out_dtype": "bfloat16"}, density=0.5), tolerance=2.0**-8)
     low = "theirs computes in bfloat16; ours in float32, rounded once"
     yield Case("dtype bfloat16", method("task_arithmetic", half, BASE, {"dtype": "bfloat16"}), ("weight",), low)
-    yield Case("dtype bfloat16, linear", method("linear", half, {"dtype": "bfloat16"}), tolerance=2.0**-8)
+    early = "theirs rounds float32 inputs to bfloat16 before it adds; ours rounds once, at the end"
+    yield Case("dtype bfloat16, linear", method("linear", half, {"dtype": "bfloat16"}), ("weight",), early)
     tied = models("tied1", "tied2", weight=[0.5, 0.3])
     yield Case("tied embeddings", method("linear", tied))
     yield Case("tied embeddings, ties", method("ties", tied, {"base_model": "tied0"}, density=0.5))

@@ -113,7 +113,7 @@ def reactions(cache: Path) -> list[str]:
         if name == "base":
             head = {key: tensor for key, tensor in state.items() if key.startswith("cls.predictions.")}
         encoder = {
-            key: t.clone() for key, t in state.items() if key.removeprefix("bert.").startswith(("embeddings.", "encoder."))
+            key: t.contiguous() for key, t in state.items() if key.removeprefix("bert.").startswith(("embeddings.", "encoder."))
         }
         folders[name] = _folder(cache / f"rxnfp-{folder}", encoder, json.loads((models / folder / "config.json").read_text()))
     score = _masked_score(models / names["base"], head)

@@ -104,13 +104,14 @@ def error(
         start = None if base is None else read_tensor(base, name)
         wanted = METHODS[method]([read_tensor(path, name) for path in models], start, **options)
         steps = np.abs(read_tensor(out, name) - wanted) / _step(wanted)
+        steps = steps[~np.isnan(steps)]  # where the vote is undecided, either sign is right
         largest, total, count = max(largest, float(steps.max())), total + float(steps.sum()), count + steps.size
     return largest, total / count
 
 
 def _step(values: np.ndarray) -> np.ndarray:
     """The distance between neighbours in bf16; below 1e-4 of the tensor's largest value, that at this place."""
-    size = np.maximum(np.abs(values), 1e-4 * np.abs(values).max())
+    size = np.maximum(np.abs(values), 1e-4 * np.nanmax(np.abs(values)))
     return np.exp2(np.floor(np.log2(np.maximum(size, np.finfo(np.float32).tiny))) - 7)
 
 
@@ -131,9 +132,10 @@ def _band(delta: np.ndarray, density: float, gamma: float) -> np.ndarray:
 
 
 def _agreed(deltas: Tensors, weight: Sequence[float]) -> np.ndarray:
-    """The weighted mean over the models whose (weighted) delta has the sign of the sum."""
-    sign = np.where(sum(deltas) >= 0, 1, -1)
+    """The weighted mean over the models whose (weighted) delta has the sign of the sum; NaN where that is 0."""
+    vote, size = sum(deltas), sum(np.abs(delta) for delta in deltas)
+    sign = np.where(vote >= 0, 1, -1)
     agree = [np.sign(delta) == sign for delta in deltas]
     total = sum(delta * mask for delta, mask in zip(deltas, agree, strict=True))
     share = sum(w * mask for w, mask in zip(weight, agree, strict=True))
-    return total / np.where(share == 0, 1, share)
+    return np.where((np.abs(vote) < 1e-9 * size), np.nan, total / np.where(share == 0, 1, share))
