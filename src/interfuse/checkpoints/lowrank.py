@@ -28,12 +28,24 @@ def add_product(out: np.ndarray, first: int, left: np.ndarray, right: np.ndarray
         while column < end:
             length = min(_TILE, end - column)
             tile[:length] = 0
-            for k in range(rank):
-                factor = left[row, k]
+            k = 0
+            while k + 4 <= rank:  # four at a time, in order: a sum is loaded and stored once for them
+                a, b, c, d = left[row, k], left[row, k + 1], left[row, k + 2], left[row, k + 3]
+                first_row = right[k, column : column + length]
+                second = right[k + 1, column : column + length]
+                third = right[k + 2, column : column + length]
+                fourth = right[k + 3, column : column + length]
                 for j in range(length):
-                    tile[j] += factor * right[k, column + j]
+                    tile[j] = (((tile[j] + a * first_row[j]) + b * second[j]) + c * third[j]) + d * fourth[j]
+                k += 4
+            while k < rank:
+                factor, line = left[row, k], right[k, column : column + length]
+                for j in range(length):
+                    tile[j] += factor * line[j]
+                k += 1
+            place = out[done : done + length]
             for j in range(length):
-                out[done + j] += tile[j]
+                place[j] += tile[j]
             done += length
             column += length
         row += 1
