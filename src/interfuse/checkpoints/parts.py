@@ -19,6 +19,8 @@ _VISION = ("vision", "visual", "image", "vit")
 def find_parts(parts: Iterable[str], names: Collection[str]) -> tuple[dict[str, Test], list[Problem]]:
     """For each part the test whether a tensor is in it, and the parts that aren't there or share a tensor."""
     parts = list(parts)
+    if not parts:
+        return {}, []
     tests: dict[str, Test] = {}
     problems: list[Problem] = []
     prefixes = _prefixes(names)

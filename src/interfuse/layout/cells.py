@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from interfuse.checkpoints.layers import Layers, Stack
@@ -89,18 +89,31 @@ class Cell:
         keys = list(lead)
         for i in uneven:
             keys += [key for key in maps[i] if key not in lead]
-        for key in dict.fromkeys(keys) if uneven or self.keep else keys:
-            if uneven or self.keep:
-                name = next(there[key] for there in maps if key in there)
-                if self.keep and self.keep(name):
-                    self._keep(key, maps, place)
-                    continue
-                if uneven and not self._even(key, name, maps, uneven):
-                    continue
-            names = tuple([seat.member.names[there[key]] for seat, there in zip(self.seats, maps, strict=True)])
+        if not uneven and not self.keep:
+            self._put(keys, maps, place)
+            return
+        for key in dict.fromkeys(keys):
+            if self._is_merged(key, maps, uneven, place):
+                self._put([key], maps, place)
+
+    def _put(self, keys: list[str], maps: Sequence[Mapping[str, str]], place: Callable[[str], tuple[str, float]]) -> None:
+        """Slots of keys that every model has."""
+        columns = [[seat.member.names[there[key]] for key in keys] for seat, there in zip(self.seats, maps, strict=True)]
+        sources = zip(*columns[: len(self.group.sources)], strict=True)
+        bases: Iterable[str | None] = [None] * len(keys) if self.base_at is None else columns[self.base_at]
+        for key, names, base in zip(keys, sources, bases, strict=True):
             output, t = place(key)
-            base = None if self.base_at is None else names[self.base_at]
-            self.slots.append(Slot(output, self.group, names[: len(self.group.sources)], base, t))
+            self.slots.append(Slot(output, self.group, names, base, t))
+
+    def _is_merged(
+        self, key: str, maps: Sequence[Mapping[str, str]], uneven: Sequence[int], place: Callable[[str], tuple[str, float]]
+    ) -> bool:
+        """Whether every model has the key and it isn't kept as it is, which is done here then."""
+        name = next(there[key] for there in maps if key in there)
+        if self.keep and self.keep(name):
+            self._keep(key, maps, place)
+            return False
+        return self._even(key, name, maps, uneven)
 
     def _even(self, key: str, name: str, maps: Sequence[Mapping[str, str]], uneven: Sequence[int]) -> bool:
         """Whether every model has the key; what is missing, or there beyond the lead's, is noted."""
