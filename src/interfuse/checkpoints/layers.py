@@ -143,7 +143,7 @@ def side(name: str) -> Side:
     """On which side of all layers a tensor outside them stands: stored order means nothing, so its name says it.
 
     After: a part of the name is a head's (`lm_head`, `classifier`, `pooler`, `fc`, ...), or ends in `_head`. Else
-    before: a part has an embedding's or stem's piece in it (`embed`, `patch`, `stem`, `position`, `token`, `wte`, `conv1`, ...).
+    before: a part has an embedding's or stem's piece in it (`embed`, `patch`, `stem`, `position`, `token`, `wte`, ...).
     Else after: a part is a norm's (`norm`, `ln_f`). Everything else is before.
     """
     parts = name.lower().split(".")
