@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 import interfuse
+from interfuse.checkpoints.config import output_config
+from interfuse.checkpoints.layers import find_layers
 from interfuse.checkpoints.shards import ShardWriter
 from interfuse.checkpoints.source import Checkpoint, hash_block, hash_of, open_checkpoint
 from interfuse.engine.journal import Journal
@@ -23,7 +25,7 @@ from interfuse.engine.local import execute
 from interfuse.engine.outputs import Merging
 from interfuse.engine.reading import ranges_of
 from interfuse.errors import CheckpointError, Problem
-from interfuse.plan import FLOATS, Plan
+from interfuse.plan import FLOATS, Plan, config_of
 from interfuse.registry import find
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".index.json")
@@ -60,12 +62,9 @@ def merge_into(
     journal.close()
     lead = sources[plan.lead]
     left_out = _copy_side_files(lead.folder, folder) if lead.folder else []
-    _set_config(folder / "config.json", plan)
-    record = {
-        **provenance(plan, sources, merging, recipe),
-        "output": output_hash,
-        "left_out": left_out,
-    }
+    notes = _set_config(folder / "config.json", plan, sources)
+    made = provenance(plan, sources, merging, recipe)
+    record = {**made, "notes": [*made["notes"], *notes], "output": output_hash, "left_out": left_out}
     (folder / "interfuse.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return record
 
@@ -147,27 +146,25 @@ def _copy_folder(source: Path, folder: Path) -> list[str]:
     return left_out
 
 
-def _set_config(path: Path, plan: Plan) -> None:
-    """Say the new type in a transformers config that names one: it's the type in which the model is loaded."""
-    stored = dict.fromkeys(output.spec.dtype for output in plan.outputs if output.how == "merge")
-    if len(stored) != 1 or not path.is_file():
-        return
-    name = next(name for name, dtype in FLOATS.items() if dtype in stored)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
-        raise CheckpointError(Problem(str(path), "isn't JSON", "get the file again")) from None
-    if _replace_dtype(config, name):
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _set_config(path: Path, plan: Plan, sources: Sequence[Checkpoint]) -> list[str]:
+    """Count the output's layers in its config, rebuild what is listed for each, and say its type; what is to be noted.
+
+    A config of which nothing changes stays as it is, to the byte.
+    """
+    configs = [config_of(source) for source in sources]
+    config = configs[plan.lead]
+    if not path.is_file() or config is None:
+        return []
+    stored = list(dict.fromkeys(output.spec.dtype for output in plan.outputs if output.how == "merge"))
+    dtype = next((name for name, kind in FLOATS.items() if [kind] == stored), None)
+    before = {stack.head: stack.count for stack in find_layers(sources[plan.lead].specs).stacks}
+    layers = {head: picks for head, picks in plan.layers if before.get(head, len(picks)) != len(picks) or _moved(picks, plan)}
+    made, notes = output_config(configs, plan.lead, layers, before, dtype=dtype)
+    if made != config:
+        path.write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return notes
 
 
-def _replace_dtype(config: Any, name: str) -> bool:
-    if not isinstance(config, dict):
-        return False
-    changed = False
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and isinstance(value, str) and value in FLOATS and value != name:
-            config[key] = name
-            changed = True
-        changed |= _replace_dtype(value, name)
-    return changed
+def _moved(picks: Sequence[tuple[int, int]], plan: Plan) -> bool:
+    """Whether a stack's layers are others than the lead's own, in their order."""
+    return any(source != plan.lead or layer != i for i, (source, layer) in enumerate(picks))
