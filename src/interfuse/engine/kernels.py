@@ -38,6 +38,8 @@ def _pointer(context: Any, address: Any) -> Any:
 
 @intrinsic
 def as_float(context: Any, bits: Any) -> Any:
+    """The float32 that has these bits."""
+
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
 
@@ -46,6 +48,8 @@ def as_float(context: Any, bits: Any) -> Any:
 
 @intrinsic
 def as_bits(context: Any, value: Any) -> Any:
+    """A float32's bits."""
+
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.IntType(32))
 
@@ -202,6 +206,7 @@ def gram(addresses, kinds, n, out, work):  # type: ignore[no-untyped-def]
 
 @compiled
 def subtract(vector, base, n):  # type: ignore[no-untyped-def]
+    """The vector less the base, in place."""
     for i in range(n):
         vector[i] -= base[i]
 

@@ -108,9 +108,12 @@ def _to_chances(counts, least, slope, table):  # type: ignore[no-untyped-def]
 def _kept(addresses, kinds, start, n, first, table, lowest, keys, divide, work):  # type: ignore[no-untyped-def]
     models = len(addresses) - 1
     deltas_of(addresses, kinds, start, n, work)
+    finite = True
     for k in range(models):
+        finite &= below(work[k], np.inf, n)
         _look_up(work[k], table[k], lowest[k], work[models + 1], n)
         _ranked(work[k], work[models + 1], keys[k, 0], keys[k, 1], first + start, divide, n)
+    return finite
 
 
 @compiled
@@ -132,7 +135,7 @@ def merge_ranked(  # type: ignore[no-untyped-def]
             chances_of(counts, densities, spreads, width, table)
         for start in range(begin, begin + width, CHUNK):
             m = min(CHUNK, begin + width - start)
-            _kept(addresses, kinds, start, m, first, table, lowest, keys, divide, work)
+            finite &= _kept(addresses, kinds, start, m, first, table, lowest, keys, divide, work)
             vote_of(voting.elect, voting.mean, voting.votes, voting.scales, voting.weights, voting.factor, models, m, work)
             finite &= below(work[models + 1], limit, m)
             store(work[models + 1], out, out_kind, start, m)

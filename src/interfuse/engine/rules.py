@@ -122,61 +122,73 @@ def _voting(rule: Rule, reader: Reader, norms: np.ndarray | None) -> Voting:
     )  # fmt: skip
 
 
-def _ranked(output: Output, rule: Rule, reader: Reader, keys: np.ndarray, merging: Merging) -> Job:
-    """DELLA: rows that fit a block are ranked as they are merged; of a longer row the ranks are counted first."""
-    width = max(reader.shape[-1], 1) if reader.shape else 1
-    densities, spreads = np.array(rule.trim.density, np.float32), np.array(rule.trim.spread, np.float32)
-    divide = rule.trim.rescale == "density"
-    limit, kind = limit_of(output.spec.dtype, reader.wide), KINDS[output.spec.dtype]
+class _Ranks:
+    """How a tensor is gone through by ranks: in blocks of whole rows, or row by row where a row is longer than a block.
 
-    def pieces() -> Generator[Phase, list[Any], list[tuple[tuple[int, int], np.ndarray | None]]]:
+    A class, for what both passes of a rule have in common: the numbers of its trim, and a long row's table of chances.
+    """
+
+    def __init__(self, rule: Rule, reader: Reader, keys: np.ndarray):
+        self.reader, self.keys = reader, keys
+        self.width = max(reader.shape[-1], 1) if reader.shape else 1
+        self.densities = np.array(rule.trim.density, np.float32)
+        self.spreads = np.array(rule.trim.spread, np.float32)
+        self.divide = rule.trim.rescale == "density"
+        self.tables: dict[tuple[int, int], np.ndarray | None] = {}
+
+    def prepare(self) -> Generator[Phase, list[Any], None]:
+        """Count the ranks of rows that are longer than a block."""
+        width, count = self.width, self.reader.count
         if width <= BLOCK:
-            return [(span, None) for span in ranges_of(reader.count, max(1, BLOCK // width) * width)]
-        found: list[tuple[tuple[int, int], np.ndarray | None]] = []
-        for row in range(0, reader.count, width):
+            self.tables = dict.fromkeys(ranges_of(count, max(1, BLOCK // width) * width))
+            return
+        for row in range(0, count, width):
             spans = [(row + a, row + b) for a, b in ranges_of(width)]
-            table = yield from _table(reader, spans, width, densities, spreads)
-            found += [(span, table) for span in spans]
-        return found
+            table = yield from _table(self.reader, spans, width, self.densities, self.spreads)
+            self.tables.update(dict.fromkeys(spans, table))
 
-    parts = yield from pieces()
-    tables = dict(parts)
-
-    def call(kernel: Any, start: int, stop: int, scratch: Scratch, *rest: Any) -> tuple[Any, list[np.ndarray]]:
+    def run(self, kernel: Any, start: int, stop: int, scratch: Scratch, *rest: Any) -> tuple[Any, list[np.ndarray]]:
+        """Run one of `ranking`'s kernels over a block."""
+        reader, table = self.reader, self.tables[start, stop]
         addresses, raws = reader.block(start, stop)
-        table = tables[start, stop]
-        buckets = ranking.ROW_BUCKETS if table is None else ranking.BUCKETS
-        counts = scratch.buffer("counts", np.int32, buckets, reader.models)
         whole = table is not None
+        buckets = ranking.BUCKETS if whole else ranking.ROW_BUCKETS
+        counts = scratch.buffer("counts", np.int32, buckets, reader.models)
         table = scratch.buffer("table", np.float32, buckets, reader.models) if table is None else table
         lowest: np.ndarray = np.zeros(reader.models, np.int32)
-        rows, wide_ = (1, stop - start) if whole else ((stop - start) // width, width)
+        rows, width = (1, stop - start) if whole else ((stop - start) // self.width, self.width)
         done = kernel(
-            addresses, reader.kinds, start, rows, wide_, densities, spreads, keys, divide, counts, table, lowest, whole,
-            *rest, scratch.work(reader.wide, reader.models),
+            addresses, reader.kinds, start, rows, width, self.densities, self.spreads, self.keys, self.divide,
+            counts, table, lowest, whole, *rest, scratch.work(reader.wide, reader.models),
         )  # fmt: skip
         return done, raws
 
+
+def _ranked(output: Output, rule: Rule, reader: Reader, keys: np.ndarray, merging: Merging) -> Job:
+    """DELLA: rows that fit a block are ranked as they are merged; of a longer row the ranks are counted first."""
+    limit, kind = limit_of(output.spec.dtype, reader.wide), KINDS[output.spec.dtype]
+    ranks = _Ranks(rule, reader, keys)
+    yield from ranks.prepare()
     norms = None
     if rule.trim.rescale == "l1":
 
         def measure(start: int, stop: int, scratch: Scratch) -> np.ndarray:
             part: np.ndarray = np.zeros((reader.models, 3))
-            call(ranking.norms_ranked, start, stop, scratch, part)
+            ranks.run(ranking.norms_ranked, start, stop, scratch, part)
             return part
 
-        norms = sum((yield Phase(measure, list(tables))), np.zeros((reader.models, 3)))
+        norms = sum((yield Phase(measure, list(ranks.tables))), np.zeros((reader.models, 3)))
     voting = _voting(rule, reader, norms)
 
     def task(start: int, stop: int, scratch: Scratch) -> None:
         out = scratch.buffer("out", output.spec.storage, stop - start)
         target = np.uint64(out.__array_interface__["data"][0])
-        finite, raws = call(ranking.merge_ranked, start, stop, scratch, voting, target, kind, limit)
+        finite, raws = ranks.run(ranking.merge_ranked, start, stop, scratch, voting, target, kind, limit)
         if not finite:
             merging.look(output, reader, raws, 1)
         merging.put(output, start, out)
 
-    yield Phase(task, list(tables))
+    yield Phase(task, list(ranks.tables))
 
 
 def _table(

@@ -182,6 +182,8 @@ def merge_rule(addresses, kinds, first, n, trimming, voting, out, out_kind, limi
     for start in range(0, n, CHUNK):
         m = min(CHUNK, n - start)
         deltas_of(addresses, kinds, start, m, work)
+        for k in range(models):  # a trim might drop what isn't finite
+            finite &= below(work[k], np.inf, m)
         _trim(trimming.how, trimming.cuts, trimming.ends, trimming.keys, trimming.chances, models, first + start, m, work)
         vote_of(voting.elect, voting.mean, voting.votes, voting.scales, voting.weights, voting.factor, models, m, work)
         finite &= below(work[models + 1], limit, m)
@@ -206,6 +208,7 @@ def norms(addresses, kinds, first, n, trimming, out, work):  # type: ignore[no-u
 
 @compiled_sum
 def size_of(values, n):  # type: ignore[no-untyped-def]
+    """The L1 norm of a chunk."""
     total = 0.0
     for i in range(n):
         total += np.float64(abs(values[i]))
@@ -214,6 +217,7 @@ def size_of(values, n):  # type: ignore[no-untyped-def]
 
 @compiled_sum
 def squares_of(values, n):  # type: ignore[no-untyped-def]
+    """The sum of squares of a chunk."""
     total = 0.0
     for i in range(n):
         total += np.float64(values[i]) * np.float64(values[i])
