@@ -147,6 +147,7 @@ def test_options_reach_the_run(capsys: Capture, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("interfuse.pipeline.run", fake)
     arguments = ["--threads", "2", "--device", "cpu", "--seed", "4", "--overwrite", "--trust-code", "--dry-run"]
+    arguments += ["--resume", "--allow-nonfinite", "--mergekit-compat"]
     assert call(capsys, "run", "r.yaml", "o", *arguments)[:2] == (0, "done\n")
     assert seen == {
         "recipe": Path("r.yaml"),
@@ -157,6 +158,9 @@ def test_options_reach_the_run(capsys: Capture, monkeypatch: pytest.MonkeyPatch)
         "overwrite": True,
         "trust_code": True,
         "dry_run": True,
+        "resume": True,
+        "allow_nonfinite": True,
+        "mergekit_compat": True,
     }
 
 

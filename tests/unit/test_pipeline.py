@@ -215,7 +215,7 @@ def test_a_merge_of_files_loads_no_torch(work: Path) -> None:
     a, b = (weights(work / name)["l.weight"] for name in "ab")
     np.testing.assert_allclose(weights(work / "out")["l.weight"], a / 4 + 3 * b / 4, rtol=1e-6)
     about = json.loads((work / "out" / "interfuse.json").read_text())
-    assert about["run"]["inputs"]["models"][0]["xxh3"] == about["models"][0]["xxh3"]
+    assert about["run"]["inputs"]["models"][0]["xxh3"] == about["sources"][0]["xxh3"]
     with pytest.raises(ModelError, match="holds merged weights without their network's code"):
         load_run("out")
 
@@ -316,7 +316,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(work: Path) -> Non
     assert "model mlp: python:pipelinenets:mlp" in record.plan
     assert sorted(work.iterdir()) == before
     checkpoints(work, "a", "b")
-    assert "l.weight F32[4, 3] = 0.5 models[0] + 0.5 models[1]" in run(
+    assert "l.weight F32[4, 3] = linear, weight [1, 1], normalize True of 0:l.weight, 1:l.weight" in run(
         {"merge_method": "linear", "models": ["a", "b"]}, "out", dry_run=True
     ).plan  # fmt: skip
 
@@ -347,7 +347,8 @@ def test_every_problem_of_a_run_at_once() -> None:
 def test_types_that_do_not_exist_are_named() -> None:
     with pytest.raises(RecipeError, match=r"dtype: got 'float17'; did you mean.*\nout_dtype: got 'int8'"):
         check({"merge_method": "linear", "models": ["org/a"], "dtype": "float17", "out_dtype": "int8"})
-    assert check({"merge_method": "linear", "models": ["org/a"], "dtype": "torch.bfloat16"}).dtype == "torch.bfloat16"
+    (read,) = check({"merge_method": "linear", "models": ["org/a"], "dtype": "torch.bfloat16"})
+    assert read.dtype == "torch.bfloat16"
 
 
 def test_models_and_data_that_cannot_be_loaded_are_named_together(work: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,71 +13,101 @@ import numpy as np
 import pytest
 
 from interfuse.checkpoints.source import Checkpoint, TensorSpec, open_checkpoint
-from interfuse.errors import CheckpointError, OptionError
-from interfuse.plan import Input, Output, plan_merge
+from interfuse.errors import CheckpointError, OptionError, UserError
+from interfuse.methods.forms import Combination, Rule
+from interfuse.plan import Input, Plan, plan_merge
+from interfuse.recipe import Recipe
+from interfuse.recipe.pieces import references
+
+Specs = Mapping[str, tuple[str, tuple[int, ...]]]
+ONE: Specs = {"w": ("F32", (2, 3)), "n": ("I64", ())}
 
 
-def header(specs: Mapping[str, tuple[str, tuple[int, ...]]], name: str = "m") -> Checkpoint:
-    """A checkpoint whose data can't be read: what uses it reads headers alone."""
+class Forbidden:
+    """A place whose data can't be read: a plan reads headers alone."""
 
-    def forbidden() -> np.ndarray:
+    def block(self, start: int, stop: int) -> np.ndarray:
         raise AssertionError("a plan reads no data")
 
+
+def header(specs: Specs, name: str = "m") -> Checkpoint:
     made = {key: TensorSpec(dtype, shape) for key, (dtype, shape) in specs.items()}
-    return Checkpoint(name, made, None, dict.fromkeys(made, forbidden))
+    return Checkpoint(name, made, None, dict.fromkeys(made, Forbidden()))
 
 
-ONE: dict[str, tuple[str, tuple[int, ...]]] = {"w": ("F32", (2, 3)), "n": ("I64", ())}
+def planned(method: str, models: Sequence[Checkpoint], base: Checkpoint | None = None, **recipe: Any) -> Plan:
+    """The plan of a recipe whose models are called a, b, c, ... and whose base is called base."""
+    given = {chr(ord("a") + i): model for i, model in enumerate(models)} | ({"base": base} if base else {})
+    weights = recipe.pop("weights", None)
+    entries = [
+        {"model": name, "parameters": {} if weights is None else {"weight": weights[i]}}
+        for i, name in enumerate(name for name in given if name != "base")
+    ]
+    content = {"merge_method": method, "models": entries, **({"base_model": "base"} if base else {}), **recipe}
+    read = Recipe.model_validate(content)
+    return plan_merge(read, {reference: given[reference.path] for reference in references(read)})
 
 
 def test_a_plan_lists_each_output_with_its_inputs() -> None:
-    plan = plan_merge("task_arithmetic", [header(ONE, "a"), header(ONE, "b")], header(ONE, "c"), {"lambda": 0.5}, [1, 3])
-    assert plan.outputs == (
-        Output("w", TensorSpec("F32", (2, 3)), "sum", (Input(0, "w", -1.0), Input(1, "w", 0.5), Input(2, "w", 1.5)), 1.0),
-        Output("n", TensorSpec("I64", ()), "same", (Input(0, "n"), Input(1, "n"), Input(2, "n"))),
+    plan = planned(
+        "task_arithmetic", [header(ONE, "x"), header(ONE, "y")], header(ONE, "z"), weights=[1, 3], parameters={"lambda": 0.5}
     )
+    w, n = plan.outputs
+    assert (w.name, w.spec, w.how, w.base, w.inputs) == (
+        "w", TensorSpec("F32", (2, 3)), "merge", Input(0, "w"), (Input(1, "w"), Input(2, "w")),
+    )  # fmt: skip
+    assert w.call is not None
+    assert w.call.made == Combination(-1.0, (0.5, 1.5), 1.0)
+    assert (n.how, n.reads) == ("same", (Input(0, "n"), Input(1, "n"), Input(2, "n")))
     assert plan.specs == {"w": TensorSpec("F32", (2, 3)), "n": TensorSpec("I64", ())}
     assert str(plan) == (
-        "task_arithmetic(lambda=0.5, normalize=False)\nbase: c\nmodels[0]: a weight=1\nmodels[1]: b weight=3\n"
-        "w F32[2, 3] = -1 base + 0.5 models[0] + 1.5 models[1]\nn I64[] = same"
+        "task_arithmetic, seed 0\nsource 0: z (lead)\nsource 1: x\nsource 2: y\n"
+        "w F32[2, 3] = task_arithmetic, weight [1, 3], lambda 0.5, normalize False of 0:w, 1:w, 2:w\n"
+        "n I64[] = same of 0:n, 1:n, 2:n"
     )
+
+
+def test_tensors_with_the_same_numbers_share_one_call_and_others_do_not() -> None:
+    specs: Specs = {f"model.layers.{i}.w": ("F32", (2,)) for i in range(3)} | {"model.norm.weight": ("F32", (2,))}
+    models = [header(specs), header(specs)]
+    flat = planned("ties", models, header(specs), parameters={"density": 0.5})
+    assert len({id(output.call) for output in flat.outputs}) == 1
+    ramped = planned("ties", models, header(specs), parameters={"density": [0, 1]})
+    rules = [output.call.made for output in ramped.outputs if output.call]
+    assert [rule.trim.density for rule in rules if isinstance(rule, Rule)] == [(0, 0), (0.5, 0.5), (1, 1), (1, 1)]
 
 
 def test_a_plan_is_frozen_and_hashable() -> None:
-    plan = plan_merge("linear", [header(ONE)])
-    assert hash(plan) == hash(plan_merge("linear", [header(ONE)]))
+    plan = planned("linear", [header(ONE)])
+    assert hash(plan) == hash(planned("linear", [header(ONE)]))
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.method = "x"  # type: ignore[misc]
 
 
 def test_the_digest_depends_on_numbers_and_not_on_paths() -> None:
-    def digest(names: str = "ab", weights: tuple[float, ...] = (1, 2), dtype: str | None = None, **options: Any) -> str:
-        return plan_merge("linear", [header(ONE, name) for name in names], None, options, weights, dtype).digest()
+    def digest(names: str = "ab", weights: tuple[float, ...] = (1, 2), **recipe: Any) -> str:
+        return planned("linear", [header(ONE, name) for name in names], None, weights=weights, **recipe).digest()
 
     assert digest("ab") == digest("xy")
-    others = [digest(weights=(1, 3)), digest(dtype="float16"), digest(normalize=False), digest("abc", (1, 2, 1))]
-    assert len({digest(), *others}) == 5
-    assert digest()[:12] == "c889fb23e839"  # in this process and in any other
-
-
-def test_models_without_a_share_are_not_read() -> None:
-    plan = plan_merge("linear", [header(ONE), header(ONE)], header(ONE), weights=[0, 2])
-    assert plan.outputs[0].inputs == (Input(2, "w", 1.0),)
+    changed: list[Any] = [{"out_dtype": "float16"}, {"parameters": {"normalize": False}}, {"seed": 1}]
+    others = [digest(weights=(1, 3)), digest("abc", (1, 2, 1)), *(digest(**change) for change in changed)]
+    assert len({digest(), *others}) == 6
 
 
 def test_types_names_and_order_are_those_of_the_base_or_the_first() -> None:
     first = header({"b": ("BF16", (2,)), "a": ("F32", (2,))})
     second = header({"a": ("F16", (2,)), "b": ("F32", (2,))})
-    assert list(plan_merge("linear", [first, second]).specs.items()) == [
+    assert list(planned("linear", [first, second]).specs.items()) == [
         ("b", TensorSpec("BF16", (2,))),
         ("a", TensorSpec("F32", (2,))),
     ]
-    assert list(plan_merge("linear", [first], second).specs) == ["a", "b"]
+    assert list(planned("linear", [first], second).specs) == ["a", "b"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "BF16", "torch.bfloat16"])
-def test_dtype_changes_floats_alone(dtype: str) -> None:
-    specs = plan_merge("linear", [header(ONE)], dtype=dtype).specs
+@pytest.mark.parametrize("key", ["dtype", "out_dtype"])
+def test_dtype_changes_floats_alone(dtype: str, key: str) -> None:
+    specs = planned("linear", [header(ONE)], None, **{key: dtype}).specs
     assert (specs["w"].dtype, specs["n"].dtype) == ("BF16", "I64")
 
 
@@ -90,119 +121,82 @@ def test_dtype_changes_floats_alone(dtype: str) -> None:
 )
 def test_a_constant_prefix_is_resolved_and_noted(ours: str, theirs: str, note: str) -> None:
     models = [header({prefix + name: spec for name, spec in ONE.items()}) for prefix in (ours, theirs)]
-    plan = plan_merge("linear", models)
-    assert plan.notes == (f"models[1] (m): {note}",)
+    plan = planned("linear", models)
+    assert plan.notes == (f"models[1] (b): {note}",)
     assert plan.outputs[0].name == f"{ours}w"
     assert [read.name for read in plan.outputs[0].inputs] == [f"{ours}w", f"{theirs}w"]
 
 
 def test_a_prefix_does_not_hide_what_differs() -> None:
     other = header({"module.w": ("F32", (2, 4)), "module.x": ("F32", (1,))})
-    with pytest.raises(CheckpointError) as caught:
-        plan_merge("linear", [header(ONE), other])
-    assert [problem.wrong for problem in caught.value.problems] == [
-        "tensor 'module.w' is F32[2, 4]",
-        "tensor 'n' is missing",
-        "tensor 'module.x' is extra",
-    ]
+    with pytest.raises(CheckpointError, match=r"tensor 'n' is missing(.|\n)*tensor 'x' is extra"):
+        planned("linear", [header(ONE), other])
 
 
-def test_a_prefix_on_one_side_is_resolved_beside_a_head() -> None:
-    body: dict[str, tuple[str, tuple[int, ...]]] = {f"layer.{i}.w": ("F32", (2,)) for i in range(3)}
-    inner = {f"bert.{name}": spec for name, spec in body.items()}
-    headed = header(inner | {"cls.w": ("F32", (4,))})
-    for models, left in (((header(body), headed), "'cls.w' is extra"), ((headed, header(body)), "'cls.w' is missing")):
-        with pytest.raises(CheckpointError) as caught:
-            plan_merge("linear", models)
-        assert [problem.wrong for problem in caught.value.problems] == [f"tensor {left}"]
-    plan = plan_merge("linear", [header(body), header(inner)])
-    assert plan.notes == ("models[1] (m): the prefix 'bert.' of its names is left out",)
-    assert [read.name for read in plan.outputs[2].inputs] == ["layer.2.w", "bert.layer.2.w"]
-
-
-def test_many_missing_and_extra_tensors_are_one_line_each() -> None:
-    one, other = ({f"{name}.{i}": ("F32", (2,)) for i in range(7)} for name in "ab")
-    with pytest.raises(CheckpointError) as caught:
-        plan_merge("linear", [header(one), header(other)])
-    assert [problem.wrong for problem in caught.value.problems] == [
-        "7 tensors are missing: 'a.0', 'a.1', 'a.2', 'a.3', 'a.4' and 2 more",
-        "7 tensors are extra: 'b.0', 'b.1', 'b.2', 'b.3', 'b.4' and 2 more",
-    ]
+def test_many_missing_tensors_are_one_line() -> None:
+    many = header({f"t{i}": ("F32", (1,)) for i in range(12)})
+    with pytest.raises(CheckpointError, match=r"12 tensors are missing: 't0', 't1', 't2', 't3', 't4' and 7 more"):
+        planned("linear", [many, header(ONE)])
 
 
 def test_many_shapes_that_differ_are_counted() -> None:
-    one, other = ({f"w{i}": ("F32", (size,)) for i in range(7)} for size in (2, 3))
-    with pytest.raises(CheckpointError, match="2 more tensors differ in shape or type") as caught:
-        plan_merge("linear", [header(one), header(other)])
-    assert len(caught.value.problems) == 6
-
-
-def test_other_prefixes_are_differences() -> None:
-    with pytest.raises(CheckpointError, match=r"tensor 'fc\.w' is missing"):
-        plan_merge("linear", [header({"fc.w": ("F32", (2,))}), header({"head.w": ("F32", (2,))})])
-
-
-def test_every_problem_comes_at_once() -> None:
-    other = header({"w": ("F32", (3, 2)), "n": ("F32", ()), "x": ("F32", ())}, "other")
+    one, other = (header({f"t{i}": ("F32", (size,)) for i in range(12)}, f"of {size}") for size in (1, 2))
     with pytest.raises(CheckpointError) as caught:
-        plan_merge("task_arithmetic", [header(ONE), other], None, {"lamda": 1}, [1, float("nan")], "floot")
-    assert [str(problem) for problem in caught.value.problems] == [
-        "weights[1]: got nan; a finite number",
-        "dtype: got 'floot'; did you mean 'float64', 'float32', 'float16' or 'bfloat16'?",
-        "base: task_arithmetic needs one, and there is none; give the models' common ancestor",
-        "parameters.lamda: unknown option; did you mean 'lambda'?",
-        "models[1] (other): tensor 'w' is F32[3, 2]; models[0] (m) has F32[2, 3]",
-        "models[1] (other): tensor 'n' is F32[]; models[0] (m) has I64[]",
-        "models[1] (other): tensor 'x' is extra; models[0] (m) has none: give models of one architecture",
+        planned("linear", [one, other])
+    assert [problem.wrong for problem in caught.value.problems][4:] == [
+        "tensor 't4' is F32[2]",
+        "7 more tensors differ in shape or type",
     ]
+    assert {problem.path for problem in caught.value.problems} == {"of 2"}
+
+
+def test_a_float_and_an_integer_do_not_mix() -> None:
+    with pytest.raises(CheckpointError, match=re.escape("tensor 'n' is F32[]; m has I64[]")):
+        planned("linear", [header(ONE), header({"w": ("F32", (2, 3)), "n": ("F32", ())})])
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("method", "change", "message"),
     [
-        ({"method": "liner"}, "method: no weights method is named 'liner'; did you mean 'linear'?"),
-        ({"weights": [1]}, "weights: 1 for 2 models; give one a model"),
-        ({"weights": [1, "x"]}, "weights[1]: got 'x'; a finite number"),
-        ({"weights": [1, True]}, "weights[1]: got True; a finite number"),
-        ({"weights": [1, -1]}, "weights: 1.0, -1.0 sum to 0"),
-        ({"checkpoints": []}, "models: there are none; give at least one"),
-        ({"dtype": "int8"}, "dtype: got 'int8'"),
+        ("liner", {}, "no weights method is named 'liner'; did you mean 'linear', 'lines'"),
+        ("linear", {"weights": [1.0, -1.0]}, "1.0, -1.0 sum to 0"),
+        ("linear", {"dtype": "int8"}, "dtype: got 'int8'"),
+        ("linear", {"out_dtype": "int8"}, "out_dtype: got 'int8'"),
+        ("task_arithmetic", {}, "base_model: missing; task_arithmetic needs a base"),
+        ("linear", {"weights": [1e308, 1e308], "parameters": {"normalize": False}}, "coefficients too large"),
     ],
 )
-def test_a_bad_request_is_an_option_error(change: dict[str, Any], message: str) -> None:
-    request = {"method": "linear", "checkpoints": [header(ONE), header(ONE)], **change}
+def test_a_bad_request_is_an_option_error(method: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=re.escape(message)):
-        plan_merge(**request)
+        planned(method, [header(ONE), header(ONE)], **change)
 
 
-@pytest.mark.parametrize(
-    ("weights", "options"), [([1e300], {"lambda": 1e300}), ([1e308, 1e308], {}), ([5e-324, 5e-324], {"lambda": 1e308})]
-)
-def test_coefficients_must_be_finite(weights: list[float], options: dict[str, float]) -> None:
-    models = [header(ONE)] * len(weights)
-    if weights[0] < 1:  # small ones do no harm
-        assert plan_merge("task_arithmetic", models, header(ONE), options, weights).outputs[0].total == 1
-        return
-    with pytest.raises(OptionError, match="weights: give coefficients too large to compute with"):
-        plan_merge("task_arithmetic", models, header(ONE), options, weights)
+def test_a_wrong_number_of_models_is_an_option_error() -> None:
+    with pytest.raises(OptionError, match="models: got 1; nuslerp takes exactly two models"):
+        planned("nuslerp", [header(ONE)])
+
+
+def test_della_refuses_chances_beyond_one() -> None:
+    parameters = {"density": 0.9, "epsilon": 0.2}
+    with pytest.raises(UserError, match=r"parameters.epsilon: got 0.2 beside density 0.9 for model 0; at most 0.1"):
+        planned("della", [header(ONE)], header(ONE), parameters=parameters)
 
 
 def test_types_without_arithmetic_are_refused() -> None:
-    quantized = header({"w": ("F8_E4M3", (2,))})
-    with pytest.raises(CheckpointError, match=re.escape("tensor 'w' is F8_E4M3[2]; convert it to one of float64")):
-        plan_merge("linear", [quantized, quantized])
+    with pytest.raises(CheckpointError, match=re.escape("tensor 'q' is F8_E4M3[2]; convert it to one of float64")):
+        planned("linear", [header({"q": ("F8_E4M3", (2,))})])
 
 
 def test_an_empty_checkpoint_is_refused() -> None:
     with pytest.raises(CheckpointError, match="holds no tensor"):
-        plan_merge("linear", [header({}), header({})])
+        planned("linear", [header({})])
 
 
 def test_batch_norm_counts_take_the_largest_and_its_statistics_are_noted() -> None:
-    norm = header({"bn.running_var": ("F32", (2,)), "bn.num_batches_tracked": ("I64", ())})
-    plan = plan_merge("linear", [norm, norm])
-    assert plan.outputs[1].rule == "largest"
-    assert plan.notes == ("BatchNorm statistics are merged like weights; re-estimating them on data is usually better",)
+    specs: Specs = {"bn.num_batches_tracked": ("I64", ()), "bn.running_var": ("F32", (2,))}
+    plan = planned("linear", [header(specs), header(specs)])
+    assert [output.how for output in plan.outputs] == ["largest", "merge"]
+    assert "BatchNorm statistics are merged like weights" in plan.notes[0]
 
 
 def test_a_plan_of_files_reads_no_data(tmp_path: Path) -> None:
@@ -212,4 +206,16 @@ def test_a_plan_of_files_reads_no_data(tmp_path: Path) -> None:
         writer.append("w", np.ones(3, np.float32))
     checkpoint = open_checkpoint(tmp_path / "m.safetensors")
     (tmp_path / "m.safetensors").unlink()
-    assert plan_merge("linear", [checkpoint]).specs == {"w": TensorSpec("F32", (3,))}
+    assert planned("linear", [checkpoint]).specs == {"w": TensorSpec("F32", (3,))}
+
+
+def test_planning_is_linear_in_the_tensors() -> None:
+    def seconds(layers: int) -> float:
+        specs: Specs = {f"model.layers.{i}.part{j}.weight": ("BF16", (4, 4)) for i in range(layers) for j in range(10)}
+        models, base = [header(specs) for _ in range(3)], header(specs)
+        begun = time.process_time()
+        planned("ties", models, base, parameters={"density": [0.2, 0.8]})
+        return time.process_time() - begun
+
+    seconds(10)
+    assert seconds(800) < 40 * seconds(80)  # 10 times the work: quadratic would be 100 times

@@ -119,7 +119,9 @@ def _copy_side_files(source: Path, folder: Path) -> list[str]:
     for item in sorted(source.iterdir()):
         if item.name.startswith(".") or item.name in _ITS_OWN or (folder / item.name).exists():
             continue
-        if item.is_dir():
+        if item.name.startswith("checkpoint-"):  # what a trainer kept on the way
+            left_out.append(item.name)
+        elif item.is_dir():
             left_out += [f"{item.name}/{name}" for name in _copy_folder(item, folder / item.name)]
         elif item.name.endswith(_WEIGHTS):
             continue
