@@ -50,9 +50,9 @@ def execute(
     for source in sources:
         for file in source.files():
             file.check()
-    problems = list(merging.refused)
+    problems = sorted(merging.refused)  # threads found them in any order
     if not allow_nonfinite:
-        found = list(merging.nonfinite.items())
+        found = sorted(merging.nonfinite.items())
         problems += [Problem(p.path, f"{p.wrong}: {count}", p.allowed) for p, count in found[:_SHOWN]]
         if len(found) > _SHOWN:
             problems.append(Problem("", f"{len(found) - _SHOWN} more tensors hold NaN or infinite values", ""))
