@@ -94,7 +94,11 @@ def _matrix(
     for start, stop in reader.ranges:
         values = values_of(reader, start, stop, np.float32)
         deltas[:, start:stop] = values[1:] - values[0] if reader.based else values
-    merged = np.asarray(method.make(deltas.reshape(reader.models, rows, -1), weights, **options)).reshape(-1)
+    if not np.isfinite(deltas).all():  # no decomposition has an answer: said, and where allowed the mean stands in
+        merging.look(output, reader, reader.block(0, reader.count)[1], 1)
+        merged = deltas.mean(0)
+    else:
+        merged = np.asarray(method.make(deltas.reshape(reader.models, rows, -1), weights, **options)).reshape(-1)
     for start, stop in reader.ranges:
         values = merged[start:stop]
         base = values_of(reader, start, stop, np.float32)[0] if reader.based else 0
