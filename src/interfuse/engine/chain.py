@@ -19,7 +19,7 @@ from interfuse.checkpoints.source import Checkpoint
 from interfuse.engine.opening import open_references
 from interfuse.engine.outputs import Merging, job
 from interfuse.engine.scheduler import run_jobs
-from interfuse.errors import CheckpointError
+from interfuse.errors import CheckpointError, Problem, RecipeError
 from interfuse.plan import Output, Plan, plan_merge
 from interfuse.recipe import Recipe
 from interfuse.recipe.pieces import references
@@ -43,8 +43,22 @@ def plan_recipes(
 
 
 def _planned(recipe: Recipe, given: Mapping[str, Checkpoint], compat: bool) -> tuple[Plan, list[Checkpoint]]:
+    _refuse_vocabularies(recipe)
     checkpoints = open_references(references(recipe), given)
     return plan_merge(recipe, checkpoints, compat=compat), list(checkpoints.values())
+
+
+def _refuse_vocabularies(recipe: Recipe) -> None:
+    """The base's tokenizer comes along by itself; rows in another tokenizer's order aren't merged by a run yet."""
+    asked = {
+        "tokenizer_source": recipe.tokenizer_source not in (None, "base"),
+        "tokenizer": recipe.tokenizer is not None,
+        "chat_template": recipe.chat_template is not None,
+    }
+    wrong = "isn't supported by this version"
+    problems = [Problem(key, wrong, "remove the key, or give tokenizer_source: base") for key, given in asked.items() if given]
+    if problems:
+        raise RecipeError(*problems)
 
 
 def merged(name: str, plan: Plan, sources: Sequence[Checkpoint], scratch: Path | None) -> Checkpoint:
