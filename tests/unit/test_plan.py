@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -207,15 +206,3 @@ def test_a_plan_of_files_reads_no_data(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path / "m.safetensors")
     (tmp_path / "m.safetensors").unlink()
     assert planned("linear", [checkpoint]).specs == {"w": TensorSpec("F32", (3,))}
-
-
-def test_planning_is_linear_in_the_tensors() -> None:
-    def seconds(layers: int) -> float:
-        specs: Specs = {f"model.layers.{i}.part{j}.weight": ("BF16", (4, 4)) for i in range(layers) for j in range(10)}
-        models, base = [header(specs) for _ in range(3)], header(specs)
-        begun = time.process_time()
-        planned("ties", models, base, parameters={"density": [0.2, 0.8]})
-        return time.process_time() - begun
-
-    seconds(10)
-    assert seconds(800) < 40 * seconds(80)  # 10 times the work: quadratic would be 100 times
