@@ -20,9 +20,13 @@ from safetensors.numpy import save_file
 from interfuse import merge
 from interfuse.errors import CheckpointError
 
+#: Writes slowly, so that a merge takes long enough to be killed in its middle.
 DRIVER = """
-import sys
+import os, sys, time
 from interfuse import merge
+write = os.pwrite
+def slow(*arguments): time.sleep(0.03); return write(*arguments)
+os.pwrite = slow
 folder, resume = sys.argv[1], sys.argv[2] == "resume"
 paths = [f"{folder}/{name}.safetensors" for name in "abc"]
 merge("ties", paths[1:], base=paths[0], out=f"{folder}/out", density=0.4, threads=2, resume=resume)
@@ -62,17 +66,20 @@ def test_the_threads_do_not_change_a_byte(models: Path) -> None:
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(models: Path) -> None:
     expected = ties(models, "whole")
     whole = json.loads((models / "whole" / "interfuse.json").read_text())
-    draw, out = random.Random(0), models / "out"
+    draw, out, partial = random.Random(0), models / "out", 0
     for _ in range(30):
         child = subprocess.Popen([sys.executable, "-c", DRIVER, str(models), "resume"], stderr=subprocess.PIPE)
         time.sleep(draw.uniform(0.2, 1.2))  # from before the first tensor to after the last
         child.send_signal(signal.SIGKILL)
         child.communicate()
+        journal = models / ".out.interfuse-part" / "journal.jsonl"
+        partial += journal.exists() and len(journal.read_text().splitlines()) > 1
         if out.exists():
             assert (out / "model.safetensors").read_bytes() == expected
             for item in out.iterdir():
                 item.unlink()
             out.rmdir()
+    assert partial >= 5, "hardly a kill came in the middle of a merge"
     assert ties(models, resume=True) == expected
     assert json.loads((out / "interfuse.json").read_text())["output"] == whole["output"]
     assert rest(models) == []
@@ -133,7 +140,7 @@ def test_a_file_that_changes_on_the_way_is_an_error(models: Path) -> None:
     ("method", "options"),
     [
         ("linear", {}), ("ties", {"density": 0.1}), ("dare_ties", {"density": 0.1}), ("della", {"density": 0.3}),
-        ("magmax", {}), ("iso_c", {}), ("karcher", {}),
+        ("magmax", {}), ("consensus", {}), ("emr", {}), ("pcb", {}), ("iso_c", {}), ("karcher", {}),
     ],
 )  # fmt: skip
 def test_nan_in_a_model_is_named_even_where_a_trim_drops_it(method: str, options: dict[str, Any]) -> None:

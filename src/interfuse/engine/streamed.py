@@ -67,10 +67,11 @@ def values_of(reader: Reader, start: int, stop: int, kind: Any) -> np.ndarray:
     return values
 
 
-def _put(output: Output, start: int, values: np.ndarray, reader: Reader, merging: Merging) -> None:
+def _put(output: Output, start: int, values: np.ndarray, reader: Reader, merging: Merging, *, said: bool = False) -> None:
+    """Write a block of results; `said` where its inputs' NaN and infinity are noted already."""
     result = narrow(values, output.spec.dtype)
     bad = int(np.count_nonzero(nonfinite(result, output.spec.dtype)))
-    if bad:
+    if bad and not said:
         merging.look(output, reader, reader.block(start, start + result.size)[1], bad)
     merging.put(output, start, result)
 
@@ -81,8 +82,11 @@ def _blocks(
     tensor = _Tensor(reader)
     merge = method.make(tensor, weights, **options)
     for block in tensor:
+        said = not np.isfinite(block.deltas).all()  # a method may drop them: 0 where signs disagree, the largest, ...
+        if said:
+            merging.look(output, reader, reader.block(block.start, block.start + block.deltas.shape[1])[1], 0)
         delta = merge(block)
-        _put(output, block.start, delta if block.base is None else block.base + delta, reader, merging)
+        _put(output, block.start, delta if block.base is None else block.base + delta, reader, merging, said=said)
 
 
 def _matrix(
@@ -94,7 +98,8 @@ def _matrix(
     for start, stop in reader.ranges:
         values = values_of(reader, start, stop, np.float32)
         deltas[:, start:stop] = values[1:] - values[0] if reader.based else values
-    if not np.isfinite(deltas).all():  # no decomposition has an answer: said, and where allowed the mean stands in
+    said = not np.isfinite(deltas).all()
+    if said:  # no decomposition has an answer: said, and where allowed the mean stands in
         merging.look(output, reader, reader.block(0, reader.count)[1], 1)
         merged = deltas.mean(0)
     else:
@@ -102,7 +107,7 @@ def _matrix(
     for start, stop in reader.ranges:
         values = merged[start:stop]
         base = values_of(reader, start, stop, np.float32)[0] if reader.based else 0
-        _put(output, start, np.float32(base) + values if not reader.based else base + values, reader, merging)
+        _put(output, start, np.float32(base) + values if not reader.based else base + values, reader, merging, said=said)
 
 
 def by_axis(output: Output, call: Call, method: Method, axis: int, merging: Merging) -> Job:
