@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interfuse.engine.numbers import narrow, nonfinite, widen
+from interfuse.checkpoints.numbers import narrow, nonfinite, widen
 
 ALL_16 = np.arange(2**16, dtype=np.uint16)
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16}

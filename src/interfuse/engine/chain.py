@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from interfuse.checkpoints.source import Checkpoint
+from interfuse.engine.merging import Merging
 from interfuse.engine.opening import open_references
-from interfuse.engine.outputs import Merging, job
+from interfuse.engine.outputs import job
 from interfuse.engine.scheduler import run_jobs
 from interfuse.errors import CheckpointError, Problem, RecipeError
 from interfuse.plan import Output, Plan, plan_merge

@@ -22,7 +22,7 @@ from interfuse.checkpoints.shards import ShardWriter
 from interfuse.checkpoints.source import Checkpoint, hash_block, hash_of, open_checkpoint
 from interfuse.engine.journal import Journal
 from interfuse.engine.local import execute
-from interfuse.engine.outputs import Merging
+from interfuse.engine.merging import Merging
 from interfuse.engine.reading import ranges_of
 from interfuse.errors import CheckpointError, Problem
 from interfuse.plan import FLOATS, Plan, config_of

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from interfuse.checkpoints.source import Checkpoint, hash_block, open_checkpoint
-from interfuse.engine.outputs import Merging
+from interfuse.engine.merging import Merging
 from interfuse.errors import UserError
 from interfuse.plan import Output, Plan
 

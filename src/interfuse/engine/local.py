@@ -11,7 +11,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 from interfuse.checkpoints.source import Checkpoint
-from interfuse.engine.outputs import Merging, Sink, job
+from interfuse.engine.merging import Merging, Sink
+from interfuse.engine.outputs import job
 from interfuse.engine.scheduler import Job, run_jobs
 from interfuse.errors import CheckpointError, Problem
 from interfuse.plan import Output, Plan

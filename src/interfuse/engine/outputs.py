@@ -6,75 +6,27 @@ float32, in float64 where an input or the output is float64; statistics are in f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from interfuse.checkpoints.source import Checkpoint, hash_block
-from interfuse.engine import kernels
+from interfuse.checkpoints.numbers import narrow, nonfinite, widen
+from interfuse.checkpoints.source import hash_block
+from interfuse.engine import kernels, rules, streamed
 from interfuse.engine.kernels import KINDS, ZERO
-from interfuse.engine.numbers import narrow, nonfinite, widen
-from interfuse.engine.reading import Digests, Reader, ranges_of
+from interfuse.engine.merging import Merging, limit_of
+from interfuse.engine.reading import Reader, ranges_of
 from interfuse.engine.scheduler import Job, Phase, Scratch
 from interfuse.errors import Problem
 from interfuse.methods.forms import Combination
 from interfuse.methods.geodesic import AXIS
-from interfuse.plan import Call, Input, Output, sees_base
+from interfuse.plan import Call, Input, Output
 from interfuse.registry import Method, find
-
-#: From this size on a type has only infinity: halfway from its largest number to the next there would be.
-LIMITS = {"BF16": 2.0**128 - 2.0**119, "F16": 65520.0, "F32": 2.0**128 - 2.0**103, "F64": np.inf}
-_ALLOW = "look at the models' values, or allow them (--allow-nonfinite, allow_nonfinite=True)"
-
-
-def limit_of(dtype: str, wide: Any) -> Any:
-    """The limit of a stored type, in the type of arithmetic; infinite where that has no larger numbers itself."""
-    limit = LIMITS[dtype]
-    return wide(limit) if limit < float(np.finfo(wide).max) else wide(np.inf)
-
-
-class Sink(Protocol):
-    """Takes the results: elements of a tensor from `start` on, in its storage type; any thread may give them."""
-
-    def write(self, name: str, start: int, array: np.ndarray) -> None:
-        """Keep them; `array` may be overwritten afterwards."""
-
-
-@dataclass
-class Merging:
-    """What the jobs of one merge share: sources, sink, seed; and what they note: hashes, and what is wrong."""
-
-    sources: Sequence[Checkpoint]
-    sink: Sink
-    seed: int
-    read: Digests = field(default_factory=dict)
-    written: dict[str, dict[tuple[int, int], bytes]] = field(default_factory=dict)
-    refused: list[Problem] = field(default_factory=list)
-    nonfinite: dict[Problem, int] = field(default_factory=dict)
-
-    def put(self, output: Output, start: int, result: np.ndarray) -> None:
-        """Write a block, and note its hash."""
-        self.sink.write(output.name, start, result)
-        self.written.setdefault(output.name, {})[start, start + result.size] = hash_block(result)
-
-    def look(self, output: Output, reader: Reader, raws: Sequence[np.ndarray], bad: int) -> None:
-        """Note NaN and infinity: in the inputs where they are there, else that the result has `bad` such values."""
-        found = reader.nonfinite(raws)
-        for number, count in found:
-            checkpoint, name = reader.name_of(number)
-            problem = Problem(f"{checkpoint}: tensor {name!r}", "holds NaN or infinite values", _ALLOW)
-            self.nonfinite[problem] = self.nonfinite.get(problem, 0) + count
-        if not found and bad:
-            problem = Problem(f"tensor {output.name!r}", "the result holds NaN or infinite values", _ALLOW)
-            self.nonfinite[problem] = self.nonfinite.get(problem, 0) + bad
 
 
 def job(output: Output, merging: Merging) -> Job:
     """The job that makes one output."""
-    from interfuse.engine import rules, streamed
-
     if output.how != "merge":
         return _integers(output, merging)
     call = output.call
@@ -115,8 +67,6 @@ def _combined(output: Output, call: Call, merging: Merging) -> Job:
         method = find(call.method, "weights")
         axis = AXIS[call.method](dict(call.options)) if call.method in AXIS and len(output.spec.shape) > 1 else None
         if axis is not None:
-            from interfuse.engine import streamed
-
             yield from streamed.by_axis(output, call, method, axis, merging)
             return
         gram = yield from _gram(output, method, merging)
@@ -185,22 +135,3 @@ def _directly(
             total += term * coefficient
         out[wrong] = narrow(total, dtype)
     return int(np.count_nonzero(nonfinite(out, dtype)))
-
-
-Task = Callable[[int, int, Scratch], None]
-
-
-def reader_of(output: Output, call: Call, merging: Merging) -> Reader:
-    """The reader of a method that sees deltas from the base."""
-    base = output.base if sees_base(find(call.method, "weights")) else None
-    return Reader(output, merging.sources, output.inputs, base)
-
-
-def hashing(reader: Reader, merging: Merging) -> Phase:
-    """A pass that only hashes the inputs, for methods whose blocks are others than those of hashes."""
-
-    def task(start: int, stop: int, scratch: Scratch) -> None:
-        _, raws = reader.block(start, stop)
-        reader.hash(start, raws, merging.read)
-
-    return Phase(task, reader.ranges)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from interfuse.checkpoints.numbers import nonfinite
 from interfuse.checkpoints.source import BLOCK, Checkpoint, TensorSpec, hash_block
 from interfuse.engine.kernels import KINDS, ZERO
 from interfuse.plan import Input, Output
@@ -54,8 +55,6 @@ class Reader:
 
     def nonfinite(self, raws: Sequence[np.ndarray]) -> list[tuple[int, int]]:
         """Of which input, by its number among those read, how many values of a block are NaN or infinite."""
-        from interfuse.engine.numbers import nonfinite
-
         found = [
             int(np.count_nonzero(nonfinite(raw, spec.dtype))) for raw, spec in zip(raws, self.specs, strict=True)
         ]  # fmt: skip

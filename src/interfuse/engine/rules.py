@@ -12,7 +12,7 @@ import xxhash
 from interfuse.checkpoints.source import BLOCK
 from interfuse.engine import ranking, selection, trimming
 from interfuse.engine.kernels import KINDS
-from interfuse.engine.outputs import Merging, hashing, limit_of, reader_of
+from interfuse.engine.merging import Merging, hashing, limit_of, reader_of
 from interfuse.engine.reading import Reader, ranges_of
 from interfuse.engine.scheduler import Job, Phase, Scratch
 from interfuse.engine.trimming import ALL, BAND, RANDOM, SHARED, Trimming, Voting

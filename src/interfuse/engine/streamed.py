@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from interfuse.checkpoints.numbers import narrow, nonfinite, widen
 from interfuse.checkpoints.source import BLOCK
-from interfuse.engine.numbers import narrow, nonfinite, widen
-from interfuse.engine.outputs import Merging, hashing, reader_of
+from interfuse.engine.merging import Merging, hashing, reader_of
 from interfuse.engine.reading import Reader, ranges_of
 from interfuse.engine.rules import keys_of
 from interfuse.engine.scheduler import Job, Phase, Scratch
