@@ -1,7 +1,8 @@
 """Methods that fuse weights; importing this package registers them.
 
-A method is a plain function. Those here give coefficients: `(weights, *, options) -> Combination`, with one weight a
-model. They see no tensor; the plan records their numbers and the engine does the sum.
+A method is a plain function in one of four forms, which `interfuse.methods.forms` describes. By the numbers alone it gives
+coefficients, or a rule of how to trim, elect and scale; or it merges the deltas, in blocks or matrix by matrix. None reads
+or writes a tensor's file: that, and the arithmetic of the first two, is the engine's.
 """
 
 from interfuse.methods import average as average
