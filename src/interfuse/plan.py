@@ -132,7 +132,7 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[Reference, Checkpoint], *, c
     headers = {reference: Header(c.specs, config_of(c)) for reference, c in checkpoints.items()}
     found = layout(recipe, headers, compat=compat)
     planner = _Planner(method, checkpoints, recipe, compat)
-    outputs = [] if found.problems else [output for slot in found.slots if (output := planner.output(slot))]
+    outputs = [output for slot in found.slots if (output := planner.output(slot))]
     wrong = list(dict.fromkeys([*planner.wrong, *planner.type_problems]))
     if found.problems or planner.mismatches():
         raise CheckpointError(*found.problems, *planner.mismatches(), *wrong)

@@ -189,6 +189,13 @@ def test_a_mask_of_infinities_stays_one_where_allowed() -> None:
     assert torch.equal(one(merge("linear", mappings([mask] * 3), allow_nonfinite=True)), mask)
 
 
+def test_models_without_a_share_change_nothing() -> None:
+    models = mappings([torch.tensor([float("nan"), 1.0]), torch.tensor([2.0, 3.0])])
+    assert merge("linear", models, weights=[0, 2])["t"].tolist() == [2.0, 3.0]
+    with pytest.raises(CheckpointError, match="holds NaN or infinite values: 1;"):
+        merge("linear", models, weights=[1e-9, 2])
+
+
 def test_a_difference_that_overflows_is_no_infinity() -> None:
     large = np.array([3e38], np.float32)
     assert one(merge("linear", mappings([large, -large])))[0] == 0

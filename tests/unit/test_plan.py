@@ -91,6 +91,7 @@ def test_the_digest_depends_on_numbers_and_not_on_paths() -> None:
     changed: list[Any] = [{"out_dtype": "float16"}, {"parameters": {"normalize": False}}, {"seed": 1}]
     others = [digest(weights=(1, 3)), digest("abc", (1, 2, 1)), *(digest(**change) for change in changed)]
     assert len({digest(), *others}) == 6
+    assert digest()[:12] == "3fc2396fbfe3"  # in this process and in any other
 
 
 def test_types_names_and_order_are_those_of_the_base_or_the_first() -> None:
@@ -132,10 +133,46 @@ def test_a_prefix_does_not_hide_what_differs() -> None:
         planned("linear", [header(ONE), other])
 
 
-def test_many_missing_tensors_are_one_line() -> None:
-    many = header({f"t{i}": ("F32", (1,)) for i in range(12)})
-    with pytest.raises(CheckpointError, match=r"12 tensors are missing: 't0', 't1', 't2', 't3', 't4' and 7 more"):
-        planned("linear", [many, header(ONE)])
+def test_a_prefix_on_one_side_is_resolved_beside_a_head() -> None:
+    body: Specs = {f"layer.{i}.w": ("F32", (2,)) for i in range(3)}
+    inner: Specs = {f"bert.{name}": spec for name, spec in body.items()}
+    headed = header({**inner, "cls.w": ("F32", (4,))})
+    for models, left in (((header(body), headed), "'cls.w' is extra"), ((headed, header(body)), "'cls.w' is missing")):
+        with pytest.raises(CheckpointError) as caught:
+            planned("linear", models)
+        assert [problem.wrong for problem in caught.value.problems] == [f"tensor {left}"]
+    plan = planned("linear", [header(body), header(inner)])
+    assert plan.notes == ("models[1] (b): the prefix 'bert.' of its names is left out",)
+    assert [read.name for read in plan.outputs[2].inputs] == ["layer.2.w", "bert.layer.2.w"]
+
+
+def test_other_prefixes_are_differences() -> None:
+    with pytest.raises(CheckpointError, match=r"tensor 'fc\.w' is missing"):
+        planned("linear", [header({"fc.w": ("F32", (2,))}), header({"head.w": ("F32", (2,))})])
+
+
+def test_many_missing_and_extra_tensors_are_one_line_each() -> None:
+    one, other = (header({f"{name}.w{i}": ("F32", (2,)) for i in range(7)}) for name in "ab")
+    with pytest.raises(CheckpointError) as caught:
+        planned("linear", [one, other])
+    assert [problem.wrong for problem in caught.value.problems] == [
+        "7 tensors are missing: 'a.w0', 'a.w1', 'a.w2', 'a.w3', 'a.w4' and 2 more",
+        "7 tensors are extra: 'b.w0', 'b.w1', 'b.w2', 'b.w3', 'b.w4' and 2 more",
+    ]
+
+
+def test_every_problem_comes_at_once() -> None:
+    specs: Specs = {**ONE, "v": ("F32", (2,))}
+    other = header({"w": ("F32", (3, 2)), "n": ("F32", ()), "v": ("F32", (2,)), "x": ("F32", ())}, "other")
+    with pytest.raises(CheckpointError) as caught:
+        planned("linear", [header(specs), other], weights=[1.0, -1.0], dtype="floot")
+    assert sorted(str(problem).partition(";")[0] for problem in caught.value.problems) == [
+        "dtype: got 'floot'",
+        "models[1] (b): tensor 'x' is extra",
+        "other: tensor 'n' is F32[]",
+        "other: tensor 'w' is F32[3, 2]",
+        "weights: 1.0, -1.0 sum to 0",
+    ]
 
 
 def test_many_shapes_that_differ_are_counted() -> None:
@@ -163,11 +200,20 @@ def test_a_float_and_an_integer_do_not_mix() -> None:
         ("linear", {"out_dtype": "int8"}, "out_dtype: got 'int8'"),
         ("task_arithmetic", {}, "base_model: missing; task_arithmetic needs a base"),
         ("linear", {"weights": [1e308, 1e308], "parameters": {"normalize": False}}, "coefficients too large"),
+        ("linear", {"weights": [1e308, 1e308]}, "weights: give coefficients too large to compute with"),
     ],
 )
 def test_a_bad_request_is_an_option_error(method: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=re.escape(message)):
         planned(method, [header(ONE), header(ONE)], **change)
+
+
+def test_small_coefficients_do_no_harm() -> None:
+    plan = planned("task_arithmetic", [header(ONE)], header(ONE), weights=[5e-324], parameters={"lambda": 1e308})
+    call = plan.outputs[0].call
+    assert call is not None
+    assert isinstance(call.made, Combination)
+    assert call.made.total == 1
 
 
 def test_a_wrong_number_of_models_is_an_option_error() -> None:
