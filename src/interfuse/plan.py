@@ -10,12 +10,13 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from interfuse.checkpoints.numbers import FLOATS, STORED_FLOATS, float_named
 from interfuse.checkpoints.source import Checkpoint, TensorSpec
 from interfuse.errors import CheckpointError, OptionError, Problem, UserError, nearest
 from interfuse.layout import Group, Header, Slot, layout
@@ -24,8 +25,6 @@ from interfuse.recipe import Recipe
 from interfuse.recipe.references import Reference
 from interfuse.registry import Method, find
 
-#: The types that are merged by arithmetic, by both of their names.
-FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 _SHOWN = 5  # tensors that a message lists of many
 _COUNTER = "num_batches_tracked"
@@ -133,7 +132,7 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[Reference, Checkpoint], *, c
     found = layout(recipe, headers, compat=compat)
     planner = _Planner(method, checkpoints, recipe, compat)
     outputs = [output for slot in found.slots if (output := planner.output(slot))]
-    wrong = list(dict.fromkeys([*planner.wrong, *planner.type_problems]))
+    wrong = list(dict.fromkeys(planner.wrong))
     if found.problems or planner.mismatches():
         raise CheckpointError(*found.problems, *planner.mismatches(), *wrong)
     if wrong:
@@ -177,7 +176,6 @@ class _Planner:
         self.method, self.checkpoints, self.compat = method, checkpoints, compat
         self.order = {reference: i for i, reference in enumerate(checkpoints)}
         self.wrong: list[Problem] = []
-        self.type_problems: list[Problem] = []
         self.dtype = self._dtype(recipe)
         self.gram, self.depth = takes(method, "gram"), takes(method, "depth")
         self.based = sees_base(method)
@@ -192,10 +190,9 @@ class _Planner:
         for key in ("dtype", "out_dtype"):
             name = getattr(recipe, key)
             if name is not None:
-                plain = name.removeprefix("torch.")
-                chosen = FLOATS.get(plain, plain if plain in FLOATS.values() else None)
+                chosen = float_named(name)
                 if chosen is None:
-                    self.type_problems.append(Problem(key, f"got {name!r}", nearest(plain, FLOATS)))
+                    self.wrong.append(Problem(key, f"got {name!r}", nearest(name, FLOATS)))
         return chosen
 
     def output(self, slot: Slot) -> Output | None:
@@ -241,7 +238,7 @@ class _Planner:
     def _fits(self, slot: Slot, models: Sequence[int], reference: tuple[TensorSpec, str, str]) -> bool:
         """Whether all inputs have the reference's shape and kind of type; what differs is noted by model."""
         spec, _, whose = reference
-        if spec.dtype not in FLOATS.values() and spec.dtype not in _INTEGERS:
+        if spec.dtype not in STORED_FLOATS and spec.dtype not in _INTEGERS:
             wrong = f"tensor {slot.name!r} is {spec}"
             self._differ.setdefault(whose, []).append(Problem(whose, wrong, f"convert it to one of {', '.join(FLOATS)}"))
             return False
@@ -251,7 +248,7 @@ class _Planner:
             found = checkpoint.specs[slot.names[i]]
             if found is spec or found == spec:
                 continue
-            both = found.dtype in FLOATS.values() and spec.dtype in FLOATS.values()
+            both = found.dtype in STORED_FLOATS and spec.dtype in STORED_FLOATS
             if found.shape != spec.shape or not both:
                 problem = Problem(checkpoint.name, f"tensor {slot.names[i]!r} is {found}", f"{whose} has {spec}")
                 self._differ.setdefault(checkpoint.name, []).append(problem)
@@ -306,6 +303,8 @@ class _Planner:
                 made = method.make(weights, **options)
             elif method.form == "matrices" and not whole:
                 made = _mean(weights, options.get("lambda_", 1.0), based="base" in method.needs)
+            elif method.form == "blocks":
+                method.make(_Empty(len(weights)), weights, **options)
             elif method.form == "matrices":
                 method.make(np.zeros((len(weights), 1, 1), np.float32), weights, **options)
             elif self.gram:
@@ -323,6 +322,16 @@ class _Planner:
         return Call(
             method.name, "coefficients" if isinstance(made, Combination) else method.form, weights, tuple(options.items()), made
         )
+
+
+class _Empty(NamedTuple):
+    """A tensor of no elements, by which a method of blocks shows what it has against weights and the number of models."""
+
+    models: int
+    shape: tuple[int, ...] = (0,)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
 
 def _either(scopes: Any, alias: str, name: str, tensor: str, t: float, default: Any) -> Any:

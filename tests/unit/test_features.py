@@ -251,7 +251,7 @@ def test_a_full_disk_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("interfuse.checkpoints.writer._write", full)
+    monkeypatch.setattr("interfuse.checkpoints.writer.write_at", full)
     assert losses(fusion(), data(), tmp_path, epochs=1)[1].why_not.startswith(
         "the cache can't be used: No space left on device"
     )

@@ -96,16 +96,6 @@ def test_after_the_layers(name: str) -> None:
     assert side(name) == "after"
 
 
-def test_the_main_stack_is_the_one_that_the_config_counts() -> None:
-    names = [*(f"vision.blocks.{i}.w" for i in range(9)), *(f"text.layers.{i}.w" for i in range(4)), "text.norm.w"]
-    found = find_layers(names)
-    assert str(found.main()) == "vision.blocks"
-    assert str(found.main({"text_config": {"num_hidden_layers": 4}})) == "text.layers"
-    assert str(found.main({"n_layer": 4})) == "text.layers"
-    assert str(found.main({"n_layer": 5})) == "vision.blocks"  # a config that fits nothing says nothing
-    assert find_layers(["w"]).main() is None
-
-
 def test_counts_in_a_config_have_their_path() -> None:
     config = {"num_hidden_layers": 2, "vision_config": {"depth": 3, "depths": [1]}, "depth": True, "extra": {"n_layer": 1}}
     assert config_counts(config) == {("num_hidden_layers",): 2, ("vision_config", "depth"): 3}

@@ -364,8 +364,8 @@ def test_folders_give_a_folder_with_side_files_and_provenance(tmp_path: Path) ->
 
     record = json.loads((out / "interfuse.json").read_text())
     assert (record["kind"], record["method"]) == ("merge", "task_arithmetic")
-    assert record["recipe"]["parameters"] == {"lambda": 0.5}
-    assert [model["parameters"]["weight"] for model in record["recipe"]["models"]] == [0.5, 2]
+    assert record["recipes"][0]["parameters"] == {"lambda": 0.5}
+    assert [model["parameters"]["weight"] for model in record["recipes"][0]["models"]] == [0.5, 2]
     assert [source["model"] for source in record["sources"]] == [str(base), str(a), str(b)]
     assert re.fullmatch("[0-9a-f]{64}", record["plan"])
     hashes = [open_checkpoint(folder).hash() for folder in (base, a, b)]

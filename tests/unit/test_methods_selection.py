@@ -190,18 +190,6 @@ def test_order_statistics_are_those_of_a_sort(values: list[float], length: int) 
     assert not np.signbit(got[got == 0]).any()
 
 
-@given(SCORES, st.integers(1, 9), st.data())
-@few
-def test_the_k_largest_are_kept_equal_ones_by_lowest_index(values: list[float], length: int, data: st.DataObject) -> None:
-    rows = np.array([values, values[::-1]], np.float32)
-    keep = [data.draw(st.integers(0, len(values))) for _ in rows]
-    for row, k, cut in zip(rows, keep, exact.largest(blocks_of(rows, length), keep), strict=True):
-        expected: np.ndarray = np.zeros(len(row), bool)
-        expected[np.argsort(-row, kind="stable")[:k]] = True
-        got = [cut.keeps(row[start : start + length], start) for start in range(0, len(row), length)]
-        np.testing.assert_array_equal(np.concatenate(got), expected)
-
-
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40), st.integers(1, 9))
 @few
 def test_magnitudes_are_summed_exactly(values: list[float], length: int) -> None:
@@ -223,4 +211,3 @@ def test_magnitudes_that_are_not_finite_are_nan() -> None:
 
 def test_a_row_without_scores_has_zeros() -> None:
     assert exact.order_statistics(list, 2, [0, 0]).tolist() == [[0, 0], [0, 0]]
-    assert exact.largest(list, [0])[0].keeps(np.zeros(0, np.float32), 0).tolist() == []

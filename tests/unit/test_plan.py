@@ -221,6 +221,13 @@ def test_a_wrong_number_of_models_is_an_option_error() -> None:
         planned("nuslerp", [header(ONE)])
 
 
+@pytest.mark.parametrize("method", ["nearswap", "arcee_fusion"])
+def test_a_method_of_blocks_is_asked_before_anything_is_written(method: str) -> None:
+    parameters = {"t": 0.1} if method == "nearswap" else {}
+    with pytest.raises(OptionError, match=r"models: got 2"):
+        planned(method, [header(ONE), header(ONE)], header(ONE), parameters=parameters)
+
+
 def test_della_refuses_chances_beyond_one() -> None:
     parameters = {"density": 0.9, "epsilon": 0.2}
     with pytest.raises(UserError, match=r"parameters.epsilon: got 0.2 beside density 0.9 for model 0; at most 0.1"):

@@ -9,9 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from interfuse.recipe.values import Scopes, matcher, ramp, resolve, scalars, setting_problems
+from interfuse.recipe.values import Scopes, matcher, ramp, scalars, setting_problems
 
 NAME = "model.layers.3.self_attn.q_proj.weight"
+
+
+def resolve(option: str, levels: list[dict[str, Any]], name: str, t: float, default: Any = None) -> Any:
+    return Scopes(*levels).resolve(option, name, t, default)
 
 
 def test_a_ramp_is_linear_between_its_knots() -> None:
@@ -67,12 +71,6 @@ def test_the_first_match_wins_and_no_match_falls_through() -> None:
 def test_a_falsy_value_is_a_value() -> None:
     assert resolve("weight", [{"weight": 0}, {"weight": 1}], NAME, 0) == 0
     assert resolve("rescale", [{"rescale": False}, {"rescale": True}], NAME, 0) is False
-
-
-def test_what_is_the_same_for_every_tensor_is_known() -> None:
-    scopes = Scopes({"weight": 1, "density": [0, 1], "t": {"filter": "mlp", "value": 0}}, {"t": 1})
-    assert [scopes.constant(option) for option in ("weight", "density", "t", "other")] == [True, False, False, True]
-    assert scopes.options == ("weight", "density", "t")
 
 
 @pytest.mark.parametrize(

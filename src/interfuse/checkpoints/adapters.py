@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from interfuse.checkpoints.numbers import STORED_FLOATS
 from interfuse.checkpoints.source import Checkpoint, open_checkpoint
 from interfuse.errors import CheckpointError, Problem
 
-#: Types of number that factors may have.
-FLOATS = ("F32", "F16", "BF16", "F64")
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 #: What peft puts before the name of every tensor.
@@ -99,11 +98,6 @@ class _Parts:
 
     kind: Literal["matrix", "embedding"]
     names: dict[str, str] = field(default_factory=dict)
-
-
-def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds a peft adapter."""
-    return (Path(folder) / CONFIG).is_file()
 
 
 def open_adapter(folder: str | Path) -> Adapter:
@@ -266,7 +260,7 @@ def _misfits(pair: Pair, weights: Checkpoint, config: Mapping[str, Any]) -> list
     """What is wrong with the shapes and types of one module's factors."""
     down, up = weights.specs[pair.down], weights.specs[pair.up]
     stored = [name for name in (pair.down, pair.up, pair.magnitude, pair.bias) if name is not None]
-    wrong = [f"{name!r} is {weights.specs[name]}" for name in stored if weights.specs[name].dtype not in FLOATS]
+    wrong = [f"{name!r} is {weights.specs[name]}" for name in stored if weights.specs[name].dtype not in STORED_FLOATS]
     fits = len(down.shape) == len(up.shape) >= 2 and down.shape[0] == up.shape[1] and set(up.shape[2:]) <= {1}
     if not fits or not down.count or not up.count:
         return [*wrong, f"{pair.module!r}: A is {down} and B is {up}, whose product is no weight"]

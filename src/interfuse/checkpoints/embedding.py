@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from interfuse.checkpoints.numbers import narrow, widen
+from interfuse.checkpoints.numbers import STORED_FLOATS, narrow, widen
 from interfuse.checkpoints.source import BLOCK, Checkpoint, TensorSpec
 from interfuse.errors import CheckpointError, Problem
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _EMBEDDING = r"(embed_tokens\w*|word_embeddings?|wte|tok_embeddings|token_embeddings?|embed_in|shared)"
 _READOUT = r"(lm_head|embed_out|output|proj_out|predictions|shared_head\.head|vocab_projector|generator_lm_head)"
 _INPUT = re.compile(rf"(^|\.){_EMBEDDING}\.weight$")
@@ -112,7 +111,7 @@ def _unfit(checkpoint: Checkpoint, name: str, rows: np.ndarray, fill: Fill) -> l
     if rows.max(initial=-1) >= _axis(spec)[1]:
         return [Problem(checkpoint.name, f"tensor {name!r} has {_axis(spec)[1]} rows, not the {rows.max() + 1} asked for")]
     missing = rows < 0
-    if missing.any() and spec.dtype not in _FLOATS:
+    if missing.any() and spec.dtype not in STORED_FLOATS:
         return [Problem(checkpoint.name, f"tensor {name!r} is {spec.dtype}: missing rows can't be filled", "give it in float")]
     problems = []
     for key, donors in fill.donors.items():
@@ -121,7 +120,7 @@ def _unfit(checkpoint: Checkpoint, name: str, rows: np.ndarray, fill: Fill) -> l
         theirs = fill.checkpoints[key].specs.get(name)
         if theirs is None:
             problems.append(Problem(key, f"has no tensor {name!r}, whose rows {checkpoint.name} needs", "tie or untie both"))
-        elif theirs.dtype not in _FLOATS or _width(theirs) != _width(spec) or donors.max() >= _axis(theirs)[1]:
+        elif theirs.dtype not in STORED_FLOATS or _width(theirs) != _width(spec) or donors.max() >= _axis(theirs)[1]:
             problems.append(Problem(key, f"tensor {name!r} is {theirs}, that of {checkpoint.name} {spec}", "rows must fit"))
     return problems
 

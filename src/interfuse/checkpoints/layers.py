@@ -100,13 +100,6 @@ class Layers:
     stacks: tuple[Stack, ...]
     tails: Mapping[str, tuple[Mapping[str, str], ...]] = field(repr=False)
 
-    def main(self, config: Mapping[str, Any] | None = None) -> Stack | None:
-        """The stack that a config counts, else the one with most layers, else with most tensors a layer."""
-        if not self.stacks:
-            return None
-        counted = [stack for stack in self.stacks if stack.count in config_counts(config).values()]
-        return max(counted or self.stacks, key=lambda stack: (stack.count, len(self.tails[stack.head][0])))
-
 
 def find_layers(names: Iterable[str]) -> Layers:
     """The stacks of layers in these names, and where each name stands. Linear in the names' length."""

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from interfuse.checkpoints.adapters import FLOATS, Adapter, Pair
+from interfuse.checkpoints.adapters import Adapter, Pair
 from interfuse.checkpoints.adapters import open_adapter as open_adapter
-from interfuse.checkpoints.numbers import widen
+from interfuse.checkpoints.numbers import STORED_FLOATS, widen
 from interfuse.checkpoints.places import Place
 from interfuse.checkpoints.prefixes import align
 from interfuse.checkpoints.source import BLOCK, Checkpoint, TensorSpec
@@ -100,12 +100,12 @@ class _Fitted:
             if name is None:
                 continue
             spec = self.model.specs[name]
-            if stored.shape != spec.shape or (stored.dtype in FLOATS) != (spec.dtype in FLOATS):
+            if stored.shape != spec.shape or (stored.dtype in STORED_FLOATS) != (spec.dtype in STORED_FLOATS):
                 allowed = "give the adapter's own base" + (", resized to its vocabulary" if len(spec.shape) == 2 else "")
                 self._wrong(f"{key!r} is {stored}, the model's {name!r} is {spec}", allowed)
                 continue
             self.specs[name], self.places[name] = stored, self.adapter.weights.places[key]
-            if self.scale != 1 and spec.dtype in FLOATS:
+            if self.scale != 1 and spec.dtype in STORED_FLOATS:
                 self._blend(name)
             elif self.scale != 1 and stored != spec:
                 self._wrong(f"{key!r} is {stored}, which can't be scaled by {self.scale}", "scale 1")
@@ -141,8 +141,8 @@ class _Fitted:
                 f"{pair.up!r} {up} times {pair.down!r} {down} doesn't fit the model's {name!r}, {spec}", "give its base"
             )
             return
-        if spec.dtype not in FLOATS:
-            self._wrong(f"the model's {name!r} is {spec}", f"an adapter is added to {', '.join(FLOATS)}")
+        if spec.dtype not in STORED_FLOATS:
+            self._wrong(f"the model's {name!r} is {spec}", f"an adapter is added to {', '.join(STORED_FLOATS)}")
             return
         kind = np.float64 if spec.dtype == "F64" else np.float32
         alone = pair.magnitude is None and name not in self.places
@@ -168,7 +168,7 @@ class _Fitted:
         if name is None:
             return
         spec = self.model.specs[name]
-        if spec.dtype not in FLOATS or spec.shape != self.adapter.weights.specs[key].shape:
+        if spec.dtype not in STORED_FLOATS or spec.shape != self.adapter.weights.specs[key].shape:
             self._wrong(f"{key!r} is {self.adapter.weights.specs[key]}, the model's {name!r} is {spec}", "give its base")
             return
         kind = np.float64 if spec.dtype == "F64" else np.float32

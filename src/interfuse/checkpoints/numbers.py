@@ -8,6 +8,20 @@ from __future__ import annotations
 
 import numpy as np
 
+#: The types that are computed with, as people name them and as safetensors does.
+FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+STORED_FLOATS = tuple(FLOATS.values())
+
+
+def float_named(name: str) -> str | None:
+    """safetensors' name of a type: of `bfloat16`, `torch.bfloat16` or `BF16`; None for what isn't computed with.
+
+    >>> float_named("torch.bfloat16")
+    'BF16'
+    """
+    plain = name.removeprefix("torch.")
+    return FLOATS.get(plain, plain if plain in STORED_FLOATS else None)
+
 
 def widen(raw: np.ndarray, dtype: str, out: np.ndarray) -> None:
     """Write the stored block `raw` of type `dtype` into `out`, float32 or float64, exactly where `out` can hold it."""

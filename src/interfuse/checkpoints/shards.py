@@ -15,6 +15,7 @@ from types import TracebackType
 import numpy as np
 
 from interfuse.checkpoints.header import Entry, TensorSpec, encode_header
+from interfuse.checkpoints.writer import write_at
 
 #: Bytes of tensors in a file, at most, as hubs like them.
 SHARD = 5 * 10**9
@@ -32,7 +33,9 @@ class ShardWriter:
         groups = _groups(specs, shard)
         digits = f"{len(groups):05d}"
         single = len(groups) == 1
-        self.names = ["model.safetensors" if single else f"model-{i + 1:05d}-of-{digits}.safetensors" for i in range(len(groups))]
+        self.names = [
+            "model.safetensors" if single else f"model-{i + 1:05d}-of-{digits}.safetensors" for i in range(len(groups))
+        ]
         self._heads: list[bytes] = []
         self._sizes: list[int] = []
         self._places: dict[str, tuple[int, Entry]] = {}
@@ -52,7 +55,7 @@ class ShardWriter:
                 self._files.append(handle)
                 if os.fstat(handle).st_size != size or os.pread(handle, len(head), 0) != head:
                     os.ftruncate(handle, 0)
-                    _write(handle, memoryview(head), 0)
+                    write_at(handle, head, 0)
                     os.ftruncate(handle, size)
             if self._index is not None:
                 (self.folder / "model.safetensors.index.json").write_text(self._index, encoding="utf-8")
@@ -65,7 +68,7 @@ class ShardWriter:
         """Put elements of tensor `name` in their place, from element `start` on. Any thread may."""
         file, entry = self._places[name]
         data = np.ascontiguousarray(array, entry.spec.storage).reshape(-1).view(np.uint8)
-        _write(self._files[file], data.data, entry.offset + start * entry.spec.storage.itemsize)
+        write_at(self._files[file], data.data, entry.offset + start * entry.spec.storage.itemsize)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
@@ -98,9 +101,3 @@ def _index(names: list[str], groups: list[list[str]], specs: Mapping[str, Tensor
     where = {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group}
     content = {"metadata": {"total_size": sum(spec.nbytes for spec in specs.values())}, "weight_map": where}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _write(handle: int, data: memoryview, offset: int) -> None:
-    while data:  # a call may write less than it was given
-        written = os.pwrite(handle, data, offset)
-        data, offset = data[written:], offset + written

@@ -40,7 +40,7 @@ class TensorWriter:
     def __enter__(self) -> TensorWriter:
         self._file = self._part.open("xb", buffering=0)
         try:
-            _write(self._file, self._head, 0)
+            write_at(self._file.fileno(), self._head, 0)
             self._file.truncate(len(self._head) + sum(spec.nbytes for spec in self._specs.values()))
         except BaseException:
             self._discard()
@@ -55,7 +55,7 @@ class TensorWriter:
         """
         spec = _next(self._specs, self._done, name, array, self.path)
         data = np.ascontiguousarray(array, dtype=spec.storage).reshape(-1).view(np.uint8)
-        _write(self._file, data.data, self._entries[name].offset + self._done[name] * spec.storage.itemsize)
+        write_at(self._file.fileno(), data.data, self._entries[name].offset + self._done[name] * spec.storage.itemsize)
         self._done[name] += array.size
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -220,10 +220,11 @@ def _complete(specs: Mapping[str, TensorSpec], done: Mapping[str, int], path: Pa
         raise CheckpointError(*problems)
 
 
-def _write(file: Any, data: bytes | memoryview, offset: int) -> None:
+def write_at(handle: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` into an open file, from byte `offset` on."""
     view = memoryview(data)
     while view:  # a call may write less than it was given
-        written = os.pwrite(file.fileno(), view, offset)
+        written = os.pwrite(handle, view, offset)
         view, offset = view[written:], offset + written
 
 

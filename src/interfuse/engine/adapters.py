@@ -16,13 +16,12 @@ import xxhash
 from pydantic import Field
 
 from interfuse.checkpoints.adapter_writer import AdapterWriter, lora_config
-from interfuse.checkpoints.adapters import FLOATS, Adapter, Pair, open_adapter
-from interfuse.checkpoints.numbers import widen
+from interfuse.checkpoints.adapters import Adapter, Pair, open_adapter
+from interfuse.checkpoints.numbers import FLOATS, STORED_FLOATS, float_named, widen
 from interfuse.checkpoints.writer import whole_folder
 from interfuse.errors import CheckpointError, OptionError, Problem, UserError, nearest
 from interfuse.methods.forms import Density, Normalize, normalized
 from interfuse.methods.knots import Combine, align_factors, merge_aligned
-from interfuse.plan import FLOATS as NAMES
 from interfuse.registry import Method
 
 Rank = Annotated[int | None, Field(ge=1, description="The rank of each module's factors; none: the adapters' largest.")]
@@ -155,10 +154,10 @@ def _options(method: Method, options: Mapping[str, Any], count: int) -> dict[str
 
 
 def _dtype(dtype: str | None) -> str | None:
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
-    if name is not None and name not in NAMES and name not in NAMES.values():
-        raise OptionError(Problem("dtype", f"got {name!r}", nearest(name, NAMES)))
-    return None if name is None else NAMES.get(name, name)
+    stored = None if dtype is None else float_named(str(dtype))
+    if dtype is not None and stored is None:
+        raise OptionError(Problem("dtype", f"got {dtype!r}", nearest(str(dtype), FLOATS)))
+    return stored
 
 
 def _open(adapters: Sequence[str | Path]) -> list[Adapter]:
@@ -210,7 +209,7 @@ def _check_whole(adapters: Sequence[Adapter], coefficients: Sequence[float]) -> 
     for target in _targets(adapters):
         having = [adapter for adapter in adapters if target in adapter.whole]
         specs = [adapter.weights.specs[adapter.whole[target]] for adapter in having]
-        floating = all(spec.dtype in FLOATS for spec in specs)
+        floating = all(spec.dtype in STORED_FLOATS for spec in specs)
         if len(having) < len(adapters):
             wrong = f"{target!r} is saved whole by {', '.join(adapter.name for adapter in having)} alone"
             problems.append(Problem("adapters", f"{wrong}, and without the base it isn't known in the others", merge))
@@ -297,7 +296,7 @@ def _merge_whole(writer: AdapterWriter, adapters: Sequence[Adapter], weights: Se
         name = f"{module}.base_layer.{last}" if module in modules else target
         key = adapters[0].whole[target]
         spec = adapters[0].weights.specs[key]
-        if spec.dtype not in FLOATS:
+        if spec.dtype not in STORED_FLOATS:
             writer.stored(name, adapters[0].weights.read(key), spec.dtype)
             continue
         first = _wide(adapters[0], key)

@@ -16,14 +16,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from interfuse.checkpoints.adapter_writer import AdapterWriter, lora_config
-from interfuse.checkpoints.adapters import FLOATS
-from interfuse.checkpoints.numbers import narrow, widen
+from interfuse.checkpoints.numbers import FLOATS, STORED_FLOATS, float_named, narrow, widen
 from interfuse.checkpoints.source import BLOCK, Checkpoint, open_checkpoint
 from interfuse.checkpoints.writer import whole_folder
 from interfuse.engine.keeping import How, Parts, sort_parts
 from interfuse.errors import CheckpointError, OptionError, Problem, nearest
 from interfuse.methods.decompose import directions
-from interfuse.plan import FLOATS as NAMES
 
 #: Below this share of the shorter side, the leading singular vectors are found without the others.
 _FEW = 0.25
@@ -110,20 +108,20 @@ def extract_lora(
 def _check_options(rank: int | None, energy: float | None, dtype: str, embeddings: str, others: str) -> str:
     """The stored type, or an `OptionError` with all that is out of range."""
     problems = []
-    name = str(dtype).removeprefix("torch.")
+    stored = float_named(str(dtype))
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         problems.append(Problem("rank", f"got {rank!r}", "a whole number from 1 on, or none"))
     if energy is not None and not 0 < energy <= 1:
         problems.append(Problem("energy", f"got {energy!r}", "above 0 and at most 1"))
-    if name not in NAMES and name not in NAMES.values():
-        problems.append(Problem("dtype", f"got {name!r}", nearest(name, NAMES)))
+    if stored is None:
+        problems.append(Problem("dtype", f"got {dtype!r}", nearest(str(dtype), FLOATS)))
     if embeddings not in ("whole", "lora", "skip"):
         problems.append(Problem("embeddings", f"got {embeddings!r}", "allowed: whole, lora, skip"))
     if others not in ("whole", "skip"):
         problems.append(Problem("others", f"got {others!r}", "allowed: whole, skip"))
-    if problems:
+    if problems or stored is None:
         raise OptionError(*problems)
-    return NAMES.get(name, name)
+    return stored
 
 
 def _names(tuned: Checkpoint, before: Checkpoint, exclude: Sequence[str]) -> list[str]:
@@ -146,7 +144,7 @@ def _names(tuned: Checkpoint, before: Checkpoint, exclude: Sequence[str]) -> lis
     names = [name for name in before.specs if name in tuned.specs and wanted(name)]
     for name in names:
         ours, theirs = tuned.specs[name], before.specs[name]
-        if ours.shape != theirs.shape or (ours != theirs and not {ours.dtype, theirs.dtype} <= set(FLOATS)):
+        if ours.shape != theirs.shape or (ours != theirs and not {ours.dtype, theirs.dtype} <= set(STORED_FLOATS)):
             problems.append(
                 Problem(tuned.name, f"{name!r} is {ours}, the base's is {theirs}", "give its own base, or exclude it")
             )
@@ -161,7 +159,7 @@ def _deltas(tuned: Checkpoint, before: Checkpoint, name: str) -> Iterator[tuple[
     kind = np.float64 if "F64" in (ours.dtype, theirs.dtype) else np.float32
     start = 0
     for after, first in zip(tuned.blocks(name), before.blocks(name), strict=True):
-        if ours.dtype in FLOATS:
+        if ours.dtype in STORED_FLOATS:
             out, other = np.empty((2, len(after)), kind)
             widen(after, ours.dtype, out)
             widen(first, theirs.dtype, other)

@@ -18,6 +18,7 @@ import numpy as np
 import interfuse
 from interfuse.checkpoints.config import output_config
 from interfuse.checkpoints.layers import find_layers
+from interfuse.checkpoints.numbers import FLOATS
 from interfuse.checkpoints.shards import ShardWriter
 from interfuse.checkpoints.source import Checkpoint, hash_block, hash_of, open_checkpoint
 from interfuse.engine.journal import Journal
@@ -25,10 +26,12 @@ from interfuse.engine.local import execute
 from interfuse.engine.merging import Merging
 from interfuse.engine.reading import ranges_of
 from interfuse.errors import CheckpointError, Problem
-from interfuse.plan import FLOATS, Plan, config_of
+from interfuse.plan import Plan, config_of
 from interfuse.registry import find
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".index.json")
+#: Weights in the forms that are read here, and in others.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
+_OTHER_FORMS = (".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz")
 #: What speaks of the copied model alone: its card, and how it was itself made.
 _ITS_OWN = ("README.md", "interfuse.json")
 _LARGEST_SIDE_FILE = 64 * 2**20
@@ -39,7 +42,7 @@ def merge_into(
     sources: Sequence[Checkpoint],
     folder: Path,
     *,
-    recipe: Mapping[str, Any],
+    recipes: Sequence[Mapping[str, Any]],
     threads: int | None = None,
     allow_nonfinite: bool = False,
     resume: bool = False,
@@ -63,7 +66,7 @@ def merge_into(
     lead = sources[plan.lead]
     left_out = _copy_side_files(lead.folder, folder) if lead.folder else []
     notes = _set_config(folder / "config.json", plan, sources)
-    made = provenance(plan, sources, merging, recipe)
+    made = provenance(plan, sources, merging, recipes)
     record = {**made, "notes": [*made["notes"], *notes], "output": output_hash, "left_out": left_out}
     (folder / "interfuse.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return record
@@ -89,13 +92,18 @@ def _read_back(folder: Path, plan: Plan, merging: Merging) -> str:
     return hash_of({name: (spec, blocks[name]) for name, spec in there.specs.items()})
 
 
-def provenance(plan: Plan, sources: Sequence[Checkpoint], merging: Merging, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What `interfuse.json` says: enough to run the merge again, and to know that it was these models."""
+def provenance(
+    plan: Plan, sources: Sequence[Checkpoint], merging: Merging, recipes: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What `interfuse.json` says: enough to run the merge again, and to know that it was these models.
+
+    `recipes` is the merge's, behind those whose results it uses.
+    """
     method = find(plan.method, "weights")
     return {
         "kind": "merge",
         "method": plan.method,
-        "recipe": dict(recipe),
+        "recipes": list(recipes),
         "seed": plan.seed,
         "sources": [{"model": s.name, "xxh3": read_hash(s, i, merging)} for i, s in enumerate(sources)],
         "dtypes": sorted({output.spec.dtype for output in plan.outputs}),
@@ -123,7 +131,7 @@ def _copy_side_files(source: Path, folder: Path) -> list[str]:
             left_out.append(item.name)
         elif item.is_dir():
             left_out += [f"{item.name}/{name}" for name in _copy_folder(item, folder / item.name)]
-        elif item.name.endswith(_WEIGHTS):
+        elif item.name.endswith((*_WEIGHTS, *_OTHER_FORMS)):
             continue
         elif not item.is_file() or item.stat().st_size > _LARGEST_SIDE_FILE:
             left_out.append(item.name)
@@ -133,14 +141,14 @@ def _copy_side_files(source: Path, folder: Path) -> list[str]:
 
 
 def _copy_folder(source: Path, folder: Path) -> list[str]:
-    """Copy a sub-folder's small files, weights of other formats and what is linked aside; what was left behind."""
+    """Copy a sub-folder's small files, modules' own weights among them; what was left behind: other forms, large files."""
     left_out = []
     for item in sorted(source.rglob("*")):
         name = item.relative_to(source)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
         if item.is_dir() or hidden:
             continue
-        if not item.is_file() or item.stat().st_size > _LARGEST_SIDE_FILE or item.name.endswith(_WEIGHTS[5:-1]):
+        if not item.is_file() or item.stat().st_size > _LARGEST_SIDE_FILE or item.name.endswith(_OTHER_FORMS):
             left_out.append(str(name))
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from interfuse.checkpoints.adapters import FLOATS
+from interfuse.checkpoints.numbers import STORED_FLOATS
 from interfuse.checkpoints.source import Checkpoint
 from interfuse.errors import CheckpointError, Problem
 
@@ -72,7 +72,7 @@ def sort_parts(
     whole = []
     for name in names:
         spec, (module, _, last) = base.specs[name], name.rpartition(".")
-        matrix = len(spec.shape) == 2 and last == "weight" and spec.dtype in FLOATS and bool(spec.count)
+        matrix = len(spec.shape) == 2 and last == "weight" and spec.dtype in STORED_FLOATS and bool(spec.count)
         embedding = matrix and _EMBEDDING.fullmatch(module.rpartition(".")[2]) is not None
         how: How = embeddings if embedding else "lora" if matrix else others
         if embedding:

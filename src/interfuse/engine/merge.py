@@ -79,7 +79,7 @@ def merge(
             inputs = [path for ref in checkpoints for path in (ref.path, ref.lora) if path is not None and Path(path).exists()]
             with whole_folder(Path(out or ""), overwrite=overwrite, inputs=inputs, resume=resume) as folder:
                 merge_into(
-                    plan, sources, folder, recipe=recipe.model_dump(exclude_defaults=True),
+                    plan, sources, folder, recipes=[recipe.model_dump(exclude_defaults=True)],
                     threads=threads, allow_nonfinite=allow_nonfinite, resume=resume,
                 )  # fmt: skip
             return Path(out or "")

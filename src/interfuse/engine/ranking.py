@@ -105,6 +105,14 @@ def _to_chances(counts, least, slope, table):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def _rank(addresses, kinds, start, width, densities, spreads, counts, table, lowest, work):  # type: ignore[no-untyped-def]
+    """The chances of a row's magnitudes into `table` and `lowest`."""
+    _tops(addresses, kinds, start, width, lowest, work)
+    count_ranks(addresses, kinds, start, width, lowest, counts, work)
+    chances_of(counts, densities, spreads, width, table)
+
+
+@compiled
 def _kept(addresses, kinds, start, n, first, table, lowest, keys, divide, work):  # type: ignore[no-untyped-def]
     models = len(addresses) - 1
     deltas_of(addresses, kinds, start, n, work)
@@ -130,9 +138,7 @@ def merge_ranked(  # type: ignore[no-untyped-def]
     for row in range(rows):
         begin = row * width
         if not whole:
-            _tops(addresses, kinds, begin, width, lowest, work)
-            count_ranks(addresses, kinds, begin, width, lowest, counts, work)
-            chances_of(counts, densities, spreads, width, table)
+            _rank(addresses, kinds, begin, width, densities, spreads, counts, table, lowest, work)
         for start in range(begin, begin + width, CHUNK):
             m = min(CHUNK, begin + width - start)
             finite &= _kept(addresses, kinds, start, m, first, table, lowest, keys, divide, work)
@@ -151,9 +157,7 @@ def norms_ranked(  # type: ignore[no-untyped-def]
     for row in range(rows):
         begin = row * width
         if not whole:
-            _tops(addresses, kinds, begin, width, lowest, work)
-            count_ranks(addresses, kinds, begin, width, lowest, counts, work)
-            chances_of(counts, densities, spreads, width, table)
+            _rank(addresses, kinds, begin, width, densities, spreads, counts, table, lowest, work)
         for start in range(begin, begin + width, CHUNK):
             m = min(CHUNK, begin + width - start)
             deltas_of(addresses, kinds, start, m, work)

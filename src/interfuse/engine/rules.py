@@ -26,9 +26,9 @@ def job(output: Output, call: Call, merging: Merging) -> Job:
     """The job of an output whose method is a rule."""
     rule, reader = call.made, reader_of(output, call, merging)
     assert isinstance(rule, Rule)
-    yield hashing(reader, merging)
     keys = keys_of(merging.seed, output.name, reader.models)
     if rule.trim.how == "ranked":
+        yield hashing(reader, merging)
         yield from _ranked(output, rule, reader, keys, merging)
         return
     trimming_ = yield from _trimming(rule.trim, reader, keys)
@@ -40,6 +40,7 @@ def job(output: Output, call: Call, merging: Merging) -> Job:
 
     def task(start: int, stop: int, scratch: Scratch) -> None:
         addresses, raws = reader.block(start, stop)
+        reader.hash(start, raws, merging.read)
         out = scratch.buffer("out", output.spec.storage, stop - start)
         target, work = np.uint64(out.__array_interface__["data"][0]), scratch.work(reader.wide, reader.models)
         if not trimming.merge_rule(

@@ -60,11 +60,6 @@ class Layout:
     notes: tuple[str, ...]
     layers: Mapping[str, tuple[tuple[Reference, int], ...]]
 
-    @property
-    def layer_counts(self) -> dict[str, int]:
-        """How many layers each stack of the output has."""
-        return {head: len(picks) for head, picks in self.layers.items()}
-
 
 def copied(reference: Reference) -> Group:
     """The group of tensors that are taken from one model as they are."""

@@ -1,4 +1,4 @@
-"""Exact statistics of a tensor that is gone through in blocks: order statistics, the k largest, sums of magnitudes.
+"""Exact statistics of a tensor that is gone through in blocks: order statistics, sums of magnitudes.
 
 Memory doesn't depend on the tensor's size, and results don't depend on how it is cut into blocks. An order statistic takes
 two histograms: of the upper 16 bits of all numbers, then of the lower 16 of those that share the upper ones sought. No
@@ -8,7 +8,6 @@ sort, no sample, and no reading: scores come from a function that goes through t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,18 +15,6 @@ import numpy as np
 Scores = Callable[[], Iterable[np.ndarray]]
 
 _HALF = 1 << 16
-
-
-class Cut(NamedTuple):
-    """Where one row's k largest end: all above `value` are kept, and those at it up to the index `last`."""
-
-    value: float
-    last: int
-
-    def keeps(self, scores: np.ndarray, start: int) -> np.ndarray:
-        """Which of the row's scores [n], the first of which has the index `start`, are among the k largest."""
-        at = np.arange(start, start + len(scores))
-        return (scores > self.value) | ((scores == self.value) & (at <= self.last))
 
 
 def order_statistics(scores: Scores, rows: int, ranks: Sequence[int]) -> np.ndarray:
@@ -52,27 +39,6 @@ def order_statistics(scores: Scores, rows: int, ranks: Sequence[int]) -> np.ndar
     within = np.array(ranks) - np.take_along_axis(before - upper, halves.astype(np.int64), 1)
     rest = (lower.cumsum(2) <= within[..., None]).sum(2)
     return _numbers(halves << np.uint32(16) | rest.astype(np.uint32))
-
-
-def largest(scores: Scores, keep: Sequence[int]) -> list[Cut]:
-    """Where the `keep[row]` largest scores of each row end, equal ones taken by lowest index. At most four passes."""
-    rows = len(keep)
-    count = sum(block.shape[1] for block in scores())
-    # One rank a row is asked for, but all rows share a list of ranks: the diagonal is what each asked for.
-    ranks = [min(max(count - k, 0), max(count - 1, 0)) for k in keep]
-    values = np.diagonal(order_statistics(scores, rows, ranks))
-    above, last = np.zeros(rows, np.int64), np.full(rows, -1)
-    for block in scores():
-        above += (block > values[:, None]).sum(1)
-    left, start = np.array(keep) - above, 0
-    for block in scores():
-        for row in range(rows):
-            ties = np.flatnonzero(block[row] == values[row])[: max(left[row], 0)]
-            if len(ties):
-                left[row] -= len(ties)
-                last[row] = start + ties[-1]
-        start += block.shape[1]
-    return [Cut(float(value), int(end)) for value, end in zip(values, last, strict=True)]
 
 
 def magnitudes(blocks: Iterable[np.ndarray], rows: int) -> np.ndarray:

@@ -26,8 +26,6 @@ from pydantic import Field
 from interfuse.errors import OptionError, Problem
 from interfuse.registry import EACH
 
-Form = Literal["coefficients", "rule", "blocks", "matrices"]
-
 #: Options that many methods have, by these names.
 Normalize = Annotated[bool, Field(description="Whether the models' weights are divided by their sum.")]
 Density = Annotated[tuple[float, ...], EACH, Field(ge=0, le=1, description="The share of each delta's entries that is kept.")]

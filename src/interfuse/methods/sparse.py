@@ -59,8 +59,12 @@ def ties(
     return _sum(weights, trim, elect=True, normalize=normalize, scale=lambda_)
 
 
+def _rescale(chosen: bool | str) -> Literal["none", "density", "l1"]:
+    return "l1" if chosen == "l1" else "density" if chosen else "none"
+
+
 def _random(weights: Sequence[float], density: Sequence[float], rescale: bool | str) -> Trim:
-    return Trim("random", _each(density, len(weights)), rescale="l1" if rescale == "l1" else "density" if rescale else "none")
+    return Trim("random", _each(density, len(weights)), rescale=_rescale(rescale))
 
 
 @register("dare_linear", "weights", form="rule", paper=_DARE, needs="a base")
@@ -101,7 +105,7 @@ def _ranked(weights: Sequence[float], density: Sequence[float], epsilon: Sequenc
             wrong = f"got {spread:g} beside density {share:g} for model {i}"
             raise OptionError(Problem("parameters.epsilon", wrong, f"at most {min(share, 1 - share):g}"))
     spreads = tuple(spread if 0 < share < 1 else 0.0 for share, spread in zip(shares, spreads, strict=True))
-    return Trim("ranked", shares, spread=spreads, rescale="l1" if rescale == "l1" else "density" if rescale else "none")
+    return Trim("ranked", shares, spread=spreads, rescale=_rescale(rescale))
 
 
 @register("della", "weights", form="rule", paper=_DELLA, needs="a base")

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from interfuse.checkpoints.source import Checkpoint
+from interfuse.checkpoints.numbers import FLOATS, float_named
 from interfuse.checkpoints.writer import whole_folder
 from interfuse.engine.chain import plan_recipes
 from interfuse.engine.folder import merge_into
 from interfuse.errors import OptionError, Problem, nearest
 from interfuse.pipeline.finished import code_of, description, is_saved
 from interfuse.pipeline.record import RunRecord, hash_source, versions, write
-from interfuse.plan import FLOATS, Plan
+from interfuse.plan import Plan
 from interfuse.recipe import Recipe, check_recipes
 from interfuse.recipe.check import TRUST, method_of, names_of, options_of
 from interfuse.recipe.pieces import references
@@ -64,22 +64,16 @@ def run(
     _check_options(seed, threads, device)
     scratch = Path(out).resolve().parent
     plan, sources = plan_recipes(chain, compat=mergekit_compat, scratch=scratch) if of_files else (None, [])
-    method = method_of(checked)
-    record = RunRecord(
-        out=None,
-        form=checked.form,
-        method=method.name if method else "",
-        models=tuple(names_of(checked) or (Path(ref.path).name for ref in references(checked))),
-        seed=checked.seed,
-        plan=_described(checked) if plan is None else str(plan),
-        papers=(method.paper,) if method and method.paper else (),
-        notes=() if plan is None else plan.notes,
-    )
+    record = _intended(checked, plan)
     if dry_run:
         return dataclasses.replace(record, versions=versions(), seconds=time.monotonic() - started)
     with whole_folder(out, overwrite=overwrite, inputs=_inputs(chain), resume=resume) as folder:
         if plan is not None:
-            _merge(plan, sources, folder, chain, threads, allow_nonfinite, resume, progress)
+            written = [read.model_dump(mode="json", exclude_defaults=True) for read in chain]
+            merge_into(
+                plan, sources, folder, recipes=written,
+                threads=threads, allow_nonfinite=allow_nonfinite, resume=resume, progress=progress,
+            )  # fmt: skip
         found: Any = None
         if plan is None or checked.data is not None:
             from interfuse.pipeline import networks
@@ -102,21 +96,19 @@ def run(
     return record
 
 
-def _merge(
-    plan: Plan,
-    sources: Sequence[Checkpoint],
-    folder: Path,
-    chain: Sequence[Recipe],
-    threads: int | None,
-    allow_nonfinite: bool,
-    resume: bool,
-    progress: bool,
-) -> None:
-    recipe = {"recipes": [read.model_dump(mode="json", exclude_defaults=True) for read in chain]}
-    merge_into(
-        plan, sources, folder, recipe=recipe,
-        threads=threads, allow_nonfinite=allow_nonfinite, resume=resume, progress=progress,
-    )  # fmt: skip
+def _intended(recipe: Recipe, plan: Plan | None) -> RunRecord:
+    """The record of a run that has yet to be made."""
+    method = method_of(recipe)
+    return RunRecord(
+        out=None,
+        form=recipe.form,
+        method=method.name if method else "",
+        models=tuple(names_of(recipe) or (Path(ref.path).name for ref in references(recipe))),
+        seed=recipe.seed,
+        plan=_described(recipe) if plan is None else str(plan),
+        papers=(method.paper,) if method and method.paper else (),
+        notes=() if plan is None else plan.notes,
+    )
 
 
 @contextmanager
@@ -146,7 +138,7 @@ def _further(recipe: Recipe, trust_code: bool) -> list[Problem]:
     problems = [
         Problem(key, f"got {name!r}", nearest(name, FLOATS))
         for key, name in (("dtype", recipe.dtype), ("out_dtype", recipe.out_dtype))
-        if name is not None and name.removeprefix("torch.") not in FLOATS
+        if name is not None and float_named(name) is None
     ]
     if not trust_code:
         problems += _untrusted(recipe)

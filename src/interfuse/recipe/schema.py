@@ -312,11 +312,11 @@ class Recipe(Section):
     out_dtype: Ref | None = Field(default=None, description="The type that a merge is written in.")
     int8_mask: bool | None = Field(default=None, description="Accepted, and changes nothing.")
     tokenizer_source: Any = Field(
-        default=None, description="base, union, or a model whose tokenizer it gets.", json_schema_extra=_REFERENCE_OR_NONE
+        default=None, description="base; union and a model aren't run yet.", json_schema_extra=_REFERENCE_OR_NONE
     )
-    tokenizer: Tokenizer | None = Field(default=None, description="More about the output's vocabulary.")
+    tokenizer: Tokenizer | None = Field(default=None, description="More about the output's vocabulary; not run yet.")
     chat_template: Ref | None = Field(
-        default=None, description="The output's chat template: auto (the models' most frequent), a known name, or Jinja."
+        default=None, description="The output's chat template: auto, a known name, or Jinja; not run yet."
     )
     data: DataSection | None = Field(default=None, description="The data sets.")
     training: Training | None = Field(default=None, description="How to train.")

@@ -38,7 +38,6 @@ class Scopes:
         self._chains: dict[str, tuple[_Rule, ...]] = {}
         for option in dict.fromkeys(option for level in levels for option in level):
             self._chains[option] = tuple(_chain(level[option] for level in levels if option in level))
-        self.options = tuple(self._chains)
 
     def resolve(self, option: str, name: str, t: float, default: Any = None) -> Any:
         """The option's value for the tensor `name` at depth `t` in [0, 1]; `default` where no level has a word on it."""
@@ -46,16 +45,6 @@ class Scopes:
             if test is None or test(name):
                 return ramp(value, t) if type(value) is tuple else value
         return default
-
-    def constant(self, option: str) -> bool:
-        """Whether every tensor has the same value, or none has one."""
-        chain = self._chains.get(option, ())
-        return not chain or (chain[0].test is None and type(chain[0].value) is not tuple)
-
-
-def resolve(option: str, levels: Iterable[Mapping[str, Any]], name: str, t: float, default: Any = None) -> Any:
-    """`Scopes(*levels).resolve(...)`, for a single look-up."""
-    return Scopes(*levels).resolve(option, name, t, default)
 
 
 def _chain(settings: Iterable[Any]) -> Iterator[_Rule]:
