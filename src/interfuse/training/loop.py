@@ -169,6 +169,11 @@ class KeepBest(lightning.Callback):
         if os.getpid() != self.process and trainer.is_global_zero:
             torch.save(self.state_dict(), self.handover)
 
+    def teardown(self, trainer: Any, loop: Any, stage: str) -> None:
+        """Leave the group of processes, where this one was made for it: its threads may otherwise abort the exit."""
+        if os.getpid() != self.process and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
     def finish(self) -> None:
         """Give the model the weights of the best epoch, if there is anything to choose by."""
         if self.handover.exists():
