@@ -1,10 +1,6 @@
-"""What every fusion module promises, as plain functions: for a registered method of the level features, yours too.
-
-    from interfuse.testing import check_fusion
-    check_fusion("my_fusion")
+"""What every fusion module promises: for a registered method of the level features, yours too.
 
 Each check makes the module, runs it on small random features, and raises an `AssertionError` that says what doesn't hold.
-Whether a method computes its formula isn't checked here: that needs a reference of its own.
 """
 
 from __future__ import annotations
