@@ -6,30 +6,28 @@ found here and raised at once; running a plan is `interfuse.engine`'s part. Whic
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
-import inspect
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
-
-import numpy as np
 
 from interfuse.checkpoints.numbers import FLOATS, STORED_FLOATS, float_named
 from interfuse.checkpoints.source import Checkpoint, TensorSpec
 from interfuse.errors import CheckpointError, OptionError, Problem, UserError, nearest
 from interfuse.layout import Group, Header, Slot, layout
-from interfuse.methods.forms import Combination, Rule, normalized
+from interfuse.methods.calls import COPY, make_call
+from interfuse.methods.calls import Call as Call
 from interfuse.recipe import Recipe
 from interfuse.recipe.references import Reference
+from interfuse.recipe.values import Scopes
 from interfuse.registry import Method, find
 
 _INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 _SHOWN = 5  # tensors that a message lists of many
 _COUNTER = "num_batches_tracked"
-_TOO_LARGE = Problem("weights", "give coefficients too large to compute with", "use weights of ordinary size")
-_COPY = Combination(0.0, (1.0,), 1.0)
 
 #: How an output comes from its inputs: `merge` by its call; `same`, for integers, which must agree; `largest`, for
 #: BatchNorm's count of batches.
@@ -43,27 +41,7 @@ class Input(NamedTuple):
     name: str
 
 
-@dataclass(frozen=True)
-class Call:
-    """A method with its numbers, shared by all tensors that have the same.
-
-    `options` are by argument; one that has a value a model is a tuple. `made` is what the method gives without seeing a
-    tensor: a `Combination` or a `Rule`; None says that the engine runs it for each tensor.
-    """
-
-    method: str
-    form: str
-    weights: tuple[float, ...]
-    options: tuple[tuple[str, Any], ...]
-    made: Combination | Rule | None
-
-    def __str__(self) -> str:
-        parts = [f"weight {_shown(self.weights)}"] if self.method != "copy" else []
-        return ", ".join([self.method, *parts, *(f"{name.rstrip('_')} {_shown(value)}" for name, value in self.options)])
-
-
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """A tensor that is written: `inputs` are the models', `base` is the base's where the method sees one."""
 
     name: str
@@ -121,6 +99,19 @@ class Plan:
         return "\n".join([*lines, *map(str, self.outputs)])
 
 
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Python doesn't look for garbage meanwhile: of headers and plans all is kept, and looking takes a third of their time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@uncollected()
 def plan_merge(recipe: Recipe, checkpoints: Mapping[Reference, Checkpoint], *, compat: bool = False) -> Plan:
     """Resolve a merge against its checkpoints' headers: one for each of `recipe.pieces.references(recipe)`.
 
@@ -159,14 +150,22 @@ def config_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
-def sees_base(method: Method) -> bool:
-    """Whether the method works on differences from a base, or on a base and another; else a base is a model among others."""
-    return "base" in method.needs or method.form != "coefficients" or (takes(method, "gram") and method.of == "deltas")
+class _Meeting(NamedTuple):
+    """Whose tensors meet in a group.
 
+    `models` are the models' places among its sources: all, but a base that the method sees apart. `numbers`, `checkpoints`
+    and `scopes` are theirs, `filters` the scopes without those whose filters are another's too. `shared` are the parameters
+    of options that the models share, `base` the base's number. Outputs follow the types and shapes of `lead`.
+    """
 
-def takes(method: Method, what: str) -> bool:
-    """Whether a method of coefficients asks for the `gram` matrix, or for a tensor's `depth`."""
-    return what in inspect.signature(method.make).parameters
+    models: tuple[int, ...]
+    numbers: tuple[int, ...]
+    checkpoints: tuple[Checkpoint, ...]
+    scopes: tuple[Scopes, ...]
+    filters: tuple[Scopes, ...]
+    shared: Scopes
+    base: int
+    lead: Checkpoint
 
 
 class _Planner:
@@ -177,12 +176,12 @@ class _Planner:
         self.order = {reference: i for i, reference in enumerate(checkpoints)}
         self.wrong: list[Problem] = []
         self.dtype = self._dtype(recipe)
-        self.gram, self.depth = takes(method, "gram"), takes(method, "depth")
-        self.based = sees_base(method)
+        self.depth = method.takes("depth")
         fields = method.options.model_fields
         self.fields = [(name, field.alias or name, name in method.each, field.default) for name, field in fields.items()]
+        self._meetings: dict[Group, _Meeting] = {}
+        self._settled: dict[Any, Call | None] = {}
         self._calls: dict[Any, Call | None] = {}
-        self._models: dict[int, tuple[int, ...]] = {}
         self._differ: dict[str, list[Problem]] = {}
 
     def _dtype(self, recipe: Recipe) -> str | None:
@@ -197,59 +196,58 @@ class _Planner:
 
     def output(self, slot: Slot) -> Output | None:
         """The slot's output, or None where something is wrong with it."""
-        group = slot.group
-        reference = self._reference(slot)
-        spec = reference[0]
-        models = self._merged(group)
-        inputs = tuple([Input(self.order[group.sources[i]], slot.names[i]) for i in models])
-        base = (
-            Input(self.order[group.base], slot.base) if group.base and slot.base and self.based and not group.copied else None
-        )
-        if not self._fits(slot, models, reference):
+        name, group, names, base, _ = slot
+        meeting = self._meetings.get(group) or self._meet(group)
+        followed = names[0] if base is None else base
+        spec = meeting.lead.specs[followed]
+        if not self._fits(slot, meeting, spec):
             return None
+        inputs = tuple([Input(number, names[i]) for i, number in zip(meeting.models, meeting.numbers, strict=True)])
+        read = None if base is None else Input(meeting.base, base)
         if spec.dtype in _INTEGERS:
-            how: How = "largest" if slot.name.endswith(_COUNTER) else "same"
-            if base is None and group.base and slot.base and not group.copied:
-                base = Input(self.order[group.base], slot.base)
-            return Output(slot.name, spec, how, inputs, base)
-        call = Call("copy", "coefficients", (1.0,), (), _COPY) if group.copied else self._call(slot, models, len(spec.shape))
+            return Output(name, spec, "largest" if name.endswith(_COUNTER) else "same", inputs, read)
+        call = COPY if group.copied else self._call(slot, meeting, whole=len(spec.shape) > 1)
         if call is None:
             return None
-        return Output(slot.name, TensorSpec(self.dtype or reference[1], spec.shape), "merge", inputs, base, call)
+        dtype = self.dtype or meeting.lead.declared.get(followed, spec.dtype)
+        written = spec if dtype == spec.dtype else TensorSpec(dtype, spec.shape)
+        return Output(name, written, "merge", inputs, read if self.method.sees_base else None, call)
 
-    def _reference(self, slot: Slot) -> tuple[TensorSpec, str, str]:
-        """The spec that an output follows, its declared type, and whose it is."""
-        group = slot.group
-        source = group.base if group.base and slot.base else group.sources[0]
-        name = slot.base if group.base and slot.base else slot.names[0]
-        checkpoint = self.checkpoints[source]
-        spec = checkpoint.specs[name]
-        return spec, checkpoint.declared.get(name, spec.dtype), checkpoint.name
+    def _meet(self, group: Group) -> _Meeting:
+        apart = group.base_at if self.method.sees_base and not group.copied else None
+        models = tuple(i for i in range(len(group.sources)) if i != apart)
+        if "base" in self.method.needs and group.base is None and not group.copied:
+            self.wrong.append(Problem("base_model", "missing", f"{self.method.name} needs {self.method.needs}"))
+        sources = [group.sources[i] for i in models]
+        scopes = tuple(group.scopes[i] for i in models)
+        lead = group.base or group.sources[0]
+        meeting = _Meeting(
+            models,
+            tuple(self.order[source] for source in sources),
+            tuple(self.checkpoints[source] for source in sources),
+            scopes,
+            tuple({scope.tests: scope for scope in scopes}.values()),
+            group.scopes[0] if len(group.scopes) == 1 else group.shared,
+            self.order[lead],
+            self.checkpoints[lead],
+        )
+        self._meetings[group] = meeting
+        return meeting
 
-    def _merged(self, group: Group) -> tuple[int, ...]:
-        """Which of the sources are models: not the base, where the method sees it apart."""
-        if id(group) not in self._models:
-            apart = group.base_at if self.based and not group.copied else None
-            self._models[id(group)] = tuple(i for i in range(len(group.sources)) if i != apart)
-            if self.based and "base" in self.method.needs and group.base is None and not group.copied:
-                self.wrong.append(Problem("base_model", "missing", f"{self.method.name} needs {self.method.needs}"))
-        return self._models[id(group)]
-
-    def _fits(self, slot: Slot, models: Sequence[int], reference: tuple[TensorSpec, str, str]) -> bool:
+    def _fits(self, slot: Slot, meeting: _Meeting, spec: TensorSpec) -> bool:
         """Whether all inputs have the reference's shape and kind of type; what differs is noted by model."""
-        spec, _, whose = reference
-        if spec.dtype not in STORED_FLOATS and spec.dtype not in _INTEGERS:
+        dtype, whose = spec.dtype, meeting.lead.name
+        is_float = dtype in STORED_FLOATS
+        if not is_float and dtype not in _INTEGERS:
             wrong = f"tensor {slot.name!r} is {spec}"
             self._differ.setdefault(whose, []).append(Problem(whose, wrong, f"convert it to one of {', '.join(FLOATS)}"))
             return False
         good = True
-        for i in models:
-            checkpoint = self.checkpoints[slot.group.sources[i]]
+        for i, checkpoint in zip(meeting.models, meeting.checkpoints, strict=True):
             found = checkpoint.specs[slot.names[i]]
-            if found is spec or found == spec:
+            if found is spec or (found.shape == spec.shape and found.dtype == dtype):
                 continue
-            both = found.dtype in STORED_FLOATS and spec.dtype in STORED_FLOATS
-            if found.shape != spec.shape or not both:
+            if found.shape != spec.shape or not (is_float and found.dtype in STORED_FLOATS):
                 problem = Problem(checkpoint.name, f"tensor {slot.names[i]!r} is {found}", f"{whose} has {spec}")
                 self._differ.setdefault(checkpoint.name, []).append(problem)
                 good = False
@@ -271,89 +269,49 @@ class _Planner:
             return ["BatchNorm statistics are merged like weights; re-estimating them on data is usually better"]
         return []
 
-    def _call(self, slot: Slot, models: Sequence[int], axes: int) -> Call | None:
-        """The method with this tensor's numbers; tensors with the same ones share it."""
-        group, t = slot.group, slot.t
-        scopes, names = group.scopes, slot.names
-        weights = tuple([scopes[i].resolve("weight", names[i], t, 1.0) for i in models])
-        shared = scopes[0] if len(scopes) == 1 else group.shared
-        values: list[Any] = []
-        for name, alias, each, default in self.fields:
+    def _call(self, slot: Slot, meeting: _Meeting, *, whole: bool) -> Call | None:
+        """The method with this tensor's numbers; what the same entries of the recipe give is looked up once."""
+        name, group, there, _, t = slot
+        names = [there[i] for i in meeting.models]
+        alike = names.count(there[0]) == len(names)
+        found = (
+            [scopes.entries(there[0]) for scopes in meeting.filters]
+            if alike
+            else list(map(Scopes.entries, meeting.scopes, names))
+        )
+        key = (group, t, whole, meeting.shared.entries(name), *found)
+        if key not in self._settled:
+            self._settled[key] = self._make(name, names, t, meeting, whole)
+        return self._settled[key]
+
+    def _make(self, name: str, names: Sequence[str], t: float, meeting: _Meeting, whole: bool) -> Call | None:
+        """The call of a tensor: those with the same numbers share it, wherever in the recipe the numbers are from."""
+        scopes = meeting.scopes
+        weights = tuple([scope.resolve("weight", own, t, 1.0) for scope, own in zip(scopes, names, strict=True)])
+        options: dict[str, Any] = {}
+        for option, alias, each, default in self.fields:
             if each:
-                values.append(tuple([_either(scopes[i], alias, name, names[i], t, default) for i in models]))
+                values = [_either(scope, alias, option, own, t, default) for scope, own in zip(scopes, names, strict=True)]
+                options[option] = tuple(values)
             else:
-                values.append(_either(shared, alias, name, slot.name, t, default))
+                options[option] = _either(meeting.shared, alias, option, name, t, default)
         depth = t if self.depth else 0.0
-        whole = self.method.form == "matrices" and axes > 1
-        key = (weights, *values, depth, whole)
+        key = (weights, *options.values(), depth, whole and self.method.form == "matrices")
         if key not in self._calls:
-            options = {field[0]: value for field, value in zip(self.fields, values, strict=True)}
-            self._calls[key] = self._make(weights, options, depth, whole)
+            if self.compat and options.get("rescale") is True and self.method.name.startswith(("dare", "della")):
+                options["rescale"] = "l1"
+            try:
+                self._calls[key] = make_call(self.method, weights, options, depth=depth, whole=whole)
+            except UserError as error:
+                self._calls[key] = None
+                self.wrong += error.problems
         return self._calls[key]
 
-    def _make(self, weights: tuple[float, ...], options: dict[str, Any], depth: float, whole: bool) -> Call | None:
-        method = self.method
-        if self.compat and options.get("rescale") is True:
-            options = options | ({"rescale": "l1"} if method.name.startswith(("dare", "della")) else {})
-        made: Combination | Rule | None = None
-        try:
-            if not weights:
-                raise OptionError(Problem("models", "none besides the base", "give at least one model to merge into it"))
-            if method.form == "rule":
-                made = method.make(weights, **options)
-            elif method.form == "matrices" and not whole:
-                made = _mean(weights, options.get("lambda_", 1.0), based="base" in method.needs)
-            elif method.form == "blocks":
-                method.make(_Empty(len(weights)), weights, **options)
-            elif method.form == "matrices":
-                method.make(np.zeros((len(weights), 1, 1), np.float32), weights, **options)
-            elif self.gram:
-                method.make(weights, np.eye(len(weights) + (method.of == "models" and self.based)), **options)
-            elif method.form == "coefficients":
-                made = method.make(weights, *((depth,) if self.depth else ()), **options)
-        except UserError as error:
-            self.wrong += error.problems
-            return None
-        except OverflowError:
-            self.wrong.append(_TOO_LARGE)
-            return None
-        if isinstance(made, Combination) and not all(map(_finite, (made.base, *made.models, made.total))):
-            self.wrong.append(_TOO_LARGE)
-        return Call(
-            method.name, "coefficients" if isinstance(made, Combination) else method.form, weights, tuple(options.items()), made
-        )
+
+_entries = Scopes.entries
 
 
-class _Empty(NamedTuple):
-    """A tensor of no elements, by which a method of blocks shows what it has against weights and the number of models."""
-
-    models: int
-    shape: tuple[int, ...] = (0,)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())
-
-
-def _either(scopes: Any, alias: str, name: str, tensor: str, t: float, default: Any) -> Any:
+def _either(scopes: Scopes, alias: str, name: str, tensor: str, t: float, default: Any) -> Any:
     """An option by the name that recipes give it, or by its argument's."""
     value = scopes.resolve(alias, tensor, t, default)
     return scopes.resolve(name, tensor, t, default) if value is default and alias != name else value
-
-
-def _mean(weights: Sequence[float], scale: float, *, based: bool) -> Combination:
-    """What methods on matrices do with other tensors: the base plus the scaled mean delta."""
-    shares = tuple(scale * share for share in normalized(weights)) if based else normalized(weights)
-    return Combination(1.0 - math.fsum(shares) if based else 0.0, shares, 1.0)
-
-
-def _finite(value: Any) -> bool:
-    try:
-        return math.isfinite(value)
-    except (TypeError, OverflowError):
-        return False
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "[" + ", ".join(map(_shown, value)) + "]"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

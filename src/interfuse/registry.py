@@ -78,6 +78,15 @@ class Method:
         """The options that have one value a model."""
         return tuple(name for name, field in self.options.model_fields.items() if EACH in field.metadata)
 
+    @functools.cached_property
+    def sees_base(self) -> bool:
+        """Whether the method works on differences from a base, or a base and another; else a base is a model among others."""
+        return "base" in self.needs or self.form != "coefficients" or (self.takes("gram") and self.of == "deltas")
+
+    def takes(self, what: str) -> bool:
+        """Whether a weight method's function asks for the `gram` matrix, or for a tensor's `depth`."""
+        return what in inspect.signature(self.make).parameters
+
     def check(self, values: Mapping[str, Any], path: str = "parameters") -> dict[str, Any]:
         """The options by argument, with defaults filled in, or an `OptionError` with every unknown name and bad value."""
         try:

@@ -15,7 +15,7 @@ from interfuse.checkpoints.source import Checkpoint, hash_block
 from interfuse.engine.reading import Digests, Reader
 from interfuse.engine.scheduler import Phase, Scratch
 from interfuse.errors import Problem
-from interfuse.plan import Call, Output, sees_base
+from interfuse.plan import Call, Output
 from interfuse.registry import find
 
 #: From this size on a type has only infinity: halfway from its largest number to the next there would be.
@@ -67,7 +67,7 @@ class Merging:
 
 def reader_of(output: Output, call: Call, merging: Merging) -> Reader:
     """The reader of a method that sees deltas from the base."""
-    base = output.base if sees_base(find(call.method, "weights")) else None
+    base = output.base if find(call.method, "weights").sees_base else None
     return Reader(output, merging.sources, output.inputs, base)
 
 

@@ -98,8 +98,8 @@ def weights_of(recipe: Recipe) -> list[float] | None:
 def experts_of(recipe: Recipe) -> list[ModelEntry]:
     """The models that a merge combines: all, but for the base where the method works on differences from it."""
     method = method_of(recipe)
-    needs_base = method is not None and "base" in method.needs
-    return [entry for entry in recipe.models if not (needs_base and entry.model == recipe.base_model)]
+    apart = method is not None and method.sees_base
+    return [entry for entry in recipe.models if not (apart and entry.model == recipe.base_model)]
 
 
 def form_problems(recipe: Recipe) -> list[Problem]:

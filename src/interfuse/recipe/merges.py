@@ -189,7 +189,7 @@ def _weights(method: Method, found: list[Piece]) -> Iterator[Problem]:
     for piece in found:
         if any("weight" in parameters for _, parameters in piece.levels):
             continue
-        merged = [s for s in piece.sources if not ("base" in method.needs and s.model == piece.base)]
+        merged = [s for s in piece.sources if not (method.sees_base and s.model == piece.base)]
         if any("weight" in source.parameters for source in merged):
             for source in merged:
                 if "weight" not in source.parameters:

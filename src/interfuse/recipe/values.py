@@ -8,6 +8,7 @@ whether a value is in range is checked elsewhere (`recipe/check.py`). Source: me
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,6 +39,13 @@ class Scopes:
         self._chains: dict[str, tuple[_Rule, ...]] = {}
         for option in dict.fromkeys(option for level in levels for option in level):
             self._chains[option] = tuple(_chain(level[option] for level in levels if option in level))
+        conditional = [chain for chain in self._chains.values() if chain[0].test is not None]
+        self.tests = tuple(tuple(rule.test for rule in chain) for chain in conditional)
+
+    def entries(self, name: str) -> tuple[int, ...]:
+        """Which entry holds for the tensor `name`, for each option that has filters: for the same ones, at one depth, every
+        option has the same value."""
+        return tuple([_first(tests, name) for tests in self.tests]) if self.tests else ()
 
     def resolve(self, option: str, name: str, t: float, default: Any = None) -> Any:
         """The option's value for the tensor `name` at depth `t` in [0, 1]; `default` where no level has a word on it."""
@@ -45,6 +53,14 @@ class Scopes:
             if test is None or test(name):
                 return ramp(value, t) if type(value) is tuple else value
         return default
+
+
+def _first(tests: tuple[Callable[[str], bool] | None, ...], name: str) -> int:
+    """The first test that the name passes, or -1."""
+    for i, test in enumerate(tests):
+        if test is None or test(name):
+            return i
+    return -1
 
 
 def _chain(settings: Iterable[Any]) -> Iterator[_Rule]:
@@ -81,6 +97,7 @@ def ramp(knots: tuple[Any, ...], t: float) -> Scalar:
     return (1 - share) * low + share * high
 
 
+@functools.lru_cache(maxsize=256)  # so that the same pattern is the same test, wherever it stands
 def matcher(pattern: str) -> Callable[[str], bool]:
     """The test of a name: `/regex/` finds it anywhere, with `*` or `?` it's a glob of the whole name, else a substring."""
     if len(pattern) > 1 and pattern.startswith("/") and pattern.endswith("/"):
