@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from interfuse.data import load_data as load_data
+    from interfuse.engine.extract import extract_lora as extract_lora
     from interfuse.engine.merge import merge as merge
     from interfuse.errors import CheckpointError as CheckpointError
     from interfuse.errors import DataError as DataError
@@ -47,6 +48,7 @@ _HOME = {
     "RecipeError": "errors",
     "UserError": "errors",
     "compare": "evaluation.compare",
+    "extract_lora": "engine.extract",
     "fit": "training.fit",
     "load": "saving",
     "load_data": "data",

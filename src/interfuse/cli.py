@@ -152,6 +152,41 @@ def compare(
 
 
 @app.command()
+def extract_lora(
+    model: Annotated[str, typer.Argument(help="The fine-tuned model: a folder, a file of weights, or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="The adapter's folder; it appears whole or not at all.", metavar="OUT")],
+    base: Annotated[str, typer.Option(help="What the model was fine-tuned from.")],
+    rank: Annotated[int, typer.Option(min=1, help="The most that a matrix's factors may have.")] = 16,
+    energy: Annotated[
+        float | None, typer.Option(help="The share of each change's squared norm that is enough; it may take less rank.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="peft's lora_alpha. Left out: the rank, so that the scale is 1.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="A pattern of the tensors to take; may be repeated.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="A pattern of tensors to leave out; may be repeated.")] = None,
+    dtype: Annotated[str, typer.Option(help="The factors' type.")] = "float32",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a LoRA adapter for peft out of a fine-tuned model and its base, and say how much of each change it keeps."""
+    from interfuse.engine.extract import extract_lora as extract
+
+    with _clean(as_json):
+        extraction = extract(
+            model,
+            base,
+            out,
+            rank=rank,
+            energy=energy,
+            alpha=alpha,
+            include=include or (),
+            exclude=exclude or (),
+            dtype=dtype,
+            overwrite=overwrite,
+        )
+    typer.echo(_document(extraction.to_dict()) if as_json else extraction.text())
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
     from interfuse.recipe import recipe_schema

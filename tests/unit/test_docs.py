@@ -62,7 +62,7 @@ def test_every_command_is_documented() -> None:
     page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     commands = re.findall(r"^@app\.command\(\)\ndef (\w+)", (ROOT / "src/interfuse/cli.py").read_text(), re.MULTILINE)
     assert commands
-    assert re.findall(r"^## `interfuse (\w+)`", page, re.MULTILINE) == commands
+    assert re.findall(r"^## `interfuse ([\w-]+)`", page, re.MULTILINE) == [name.replace("_", "-") for name in commands]
 
 
 def problems(recipe: dict[str, Any]) -> tuple[Problem, ...]:

@@ -70,6 +70,7 @@ PUBLIC = [
     "RecipeError",
     "UserError",
     "compare",
+    "extract_lora",
     "fit",
     "load",
     "load_data",

@@ -80,6 +80,7 @@ class AdapterWriter:
 def lora_config(
     ranks: Mapping[str, int],
     *,
+    alpha: float | None = None,
     targets: Sequence[str],
     saved: Sequence[str] = (),
     bias: str = "none",
@@ -88,7 +89,10 @@ def lora_config(
     task: str | None = None,
     fan_in_fan_out: bool = False,
 ) -> dict[str, Any]:
-    """peft's config for factors of these ranks by module whose product is the change itself, with no scale."""
+    """peft's config for factors of these ranks by module, whose product times alpha / rank is the change.
+
+    `alpha` None is each module's rank: the product is the change itself.
+    """
     rank = max(Counter(ranks.values()).most_common(), key=lambda item: item[1])[0] if ranks else 1
     patterns = {f"^{re.escape(module)}": found for module, found in ranks.items() if found != rank}
     return {
@@ -96,9 +100,9 @@ def lora_config(
         "task_type": task,
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": rank,
+        "lora_alpha": rank if alpha is None else alpha,
         "rank_pattern": patterns,
-        "alpha_pattern": patterns,
+        "alpha_pattern": patterns if alpha is None else {},
         "target_modules": list(targets),
         "modules_to_save": list(saved) or None,
         "bias": bias,

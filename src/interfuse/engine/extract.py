@@ -8,7 +8,7 @@ their names and shapes. Not a way to make fine-tunes smaller without loss: what 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,8 +20,11 @@ from interfuse.checkpoints.numbers import FLOATS, STORED_FLOATS, float_named, na
 from interfuse.checkpoints.source import BLOCK, Checkpoint, open_checkpoint
 from interfuse.checkpoints.writer import whole_folder
 from interfuse.engine.keeping import How, Parts, sort_parts
+from interfuse.engine.opening import open_references
 from interfuse.errors import CheckpointError, OptionError, Problem, nearest
 from interfuse.methods.decompose import directions
+from interfuse.progress import track
+from interfuse.recipe.references import Reference
 
 #: Below this share of the shorter side, the leading singular vectors are found without the others.
 _FEW = 0.25
@@ -37,6 +40,11 @@ class Extracted(NamedTuple):
     rank: int
     error: float
 
+    @property
+    def kept(self) -> float:
+        """The share of the change's energy, its squared norm, that is kept."""
+        return 1.0 - self.error**2
+
 
 class Extraction(NamedTuple):
     """The adapter's folder, what became of each changed tensor, and the share of all changes' norm that is lost."""
@@ -44,6 +52,20 @@ class Extraction(NamedTuple):
     folder: Path
     tensors: tuple[Extracted, ...]
     error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON."""
+        tensors = [{**item._asdict(), "kept": item.kept} for item in self.tensors]
+        return {"out": str(self.folder), "kept": 1.0 - self.error**2, "error": self.error, "tensors": tensors}
+
+    def text(self) -> str:
+        """A line a tensor, with the share of its change's energy that is kept, and one for all."""
+        width = max((len(item.name) for item in self.tensors), default=0)
+        lines = [
+            f"{item.name:<{width}}  {f'rank {item.rank}' if item.how == 'lora' else item.how:>9}  {item.kept:9.4%} kept"
+            for item in self.tensors
+        ]
+        return "\n".join([*lines, f"{self.folder}: {1.0 - self.error**2:.4%} of the changes' energy kept"])
 
 
 def extract_lora(
@@ -53,6 +75,8 @@ def extract_lora(
     *,
     rank: int | None = 16,
     energy: float | None = None,
+    alpha: float | None = None,
+    include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     embeddings: Literal["whole", "lora", "skip"] = "whole",
     others: Literal["whole", "skip"] = "whole",
@@ -63,49 +87,81 @@ def extract_lora(
     """Write the peft LoRA adapter `out` that brings `base` as near to `model` as factors of that rank can.
 
     Each matrix gets at most `rank` (None: as many as it has), and no more than reach `energy`, a share in (0, 1] of the
-    squared norm of its change. `exclude` has patterns (`*`, `?`) of tensors to leave as they are in the base; the two
-    models may differ in those. Changed `embeddings` and `others` (norms, biases, convolutions) are saved `whole` or left
-    out (`skip`); embeddings may be given factors (`lora`). `transposed` has patterns of matrices that are stored
-    `[in, out]` (None: found for GPT-2 from its config). `dtype` is the factors' type. Models that don't fit each other, or
-    an option out of range, is a `CheckpointError` or `OptionError`, and nothing is written.
+    squared norm of its change. `alpha` is peft's `lora_alpha` (None: the rank, so that the scale is 1); the factors are
+    made for it, and their product is the same. `include` and `exclude` have patterns (`*`, `?`): tensors that fit none of
+    the first (if there are any), or one of the second, stay as in the base, and the two models may differ in them. Changed
+    `embeddings` and `others` (norms, biases, convolutions) are saved `whole` or left out (`skip`); embeddings may be given
+    factors (`lora`). `transposed` has patterns of matrices that are stored `[in, out]` (None: found for GPT-2 from its
+    config). `dtype` is the factors' type. Models that don't fit each other, or an option out of range, is a
+    `CheckpointError` or `OptionError`, and nothing is written.
     """
-    stored = _check_options(rank, energy, dtype, embeddings, others)
-    tuned, before = open_checkpoint(model), open_checkpoint(base)
-    names = _names(tuned, before, exclude)
-    parts = sort_parts(before, names, lambda name: _differs(tuned, before, name), embeddings, others, transposed)
+    stored = _check_options(rank, energy, alpha, dtype, embeddings, others)
+    tuned, before = _open(model, base)
+    names = _names(tuned, before, include, exclude)
+    changed = {name for name in track(names, "comparing", len(names)) if _differs(tuned, before, name)}
+    parts = sort_parts(before, names, changed.__contains__, embeddings, others, transposed)
     if not parts.how:
         raise CheckpointError(Problem(tuned.name, f"no tensor differs from {before.name}'s", "give a fine-tuned model"))
+    options = {
+        "rank": rank,
+        "energy": energy,
+        "alpha": alpha,
+        "include": list(include),
+        "exclude": list(exclude),
+        "embeddings": embeddings,
+        "others": others,
+        "transposed": transposed and list(transposed),
+        "dtype": dtype,
+    }
     done = []
     inputs = [ref for ref in (model, base) if isinstance(ref, str | Path)]
     with whole_folder(out, overwrite=overwrite, inputs=inputs) as folder, AdapterWriter(folder) as writer:
         squares: list[tuple[float, float]] = []
-        for name, how in parts.how.items():
-            lost, norm, kept = _write(writer, tuned, before, name, parts, rank, energy, stored)
+        for name, how in track(parts.how.items(), "extracting", len(parts.how)):
+            lost, norm, kept = _write(writer, tuned, before, name, parts, rank, energy, alpha, stored)
             if norm:
                 squares.append((lost, norm))
                 done.append(Extracted(name, how, kept, math.sqrt(lost / norm)))
         error = math.sqrt(sum(lost for lost, _ in squares) / sum(norm for _, norm in squares)) if squares else 0.0
         config = lora_config(
             writer.ranks,
+            alpha=alpha,
             targets=parts.targets(list(writer.ranks)),
             saved=parts.saved,
             bias="all" if parts.biases else "none",
             base=str(base) if isinstance(base, str | Path) else None,
             fan_in_fan_out=any(name in parts.transposed for name in parts.how),
         )
-        record = {
-            "kind": "extracted adapter",
-            "model": tuned.name,
-            "base": before.name,
-            "options": {"rank": rank, "energy": energy, "exclude": list(exclude), "embeddings": embeddings, "others": others},
-            "error": error,
-            "tensors": [item._asdict() for item in done],
-        }
-        writer.finish(config, record)
+        writer.finish(config, _record(tuned, before, options, error, done))
     return Extraction(Path(out), tuple(done), error)
 
 
-def _check_options(rank: int | None, energy: float | None, dtype: str, embeddings: str, others: str) -> str:
+def _record(
+    tuned: Checkpoint, before: Checkpoint, options: Mapping[str, Any], error: float, done: Sequence[Extracted]
+) -> dict[str, Any]:
+    """What `interfuse.json` says of an extraction."""
+    return {
+        "kind": "extracted adapter",
+        "model": tuned.name,
+        "base": before.name,
+        "options": options,
+        "sources": [{"model": source.name, "xxh3": source.hash()} for source in (tuned, before)],
+        "error": error,
+        "tensors": [item._asdict() for item in done],
+    }
+
+
+def _open(model: Any, base: Any) -> tuple[Checkpoint, Checkpoint]:
+    """Both models; what is wrong with either is one error."""
+    named = {ref: Reference.parse(str(ref)) for ref in (model, base) if isinstance(ref, str | Path)}
+    opened = open_references(list(named.values()))
+    tuned, before = (opened[named[ref]] if isinstance(ref, str | Path) else open_checkpoint(ref) for ref in (model, base))
+    return tuned, before
+
+
+def _check_options(
+    rank: int | None, energy: float | None, alpha: float | None, dtype: str, embeddings: str, others: str
+) -> str:
     """The stored type, or an `OptionError` with all that is out of range."""
     problems = []
     stored = float_named(str(dtype))
@@ -113,6 +169,8 @@ def _check_options(rank: int | None, energy: float | None, dtype: str, embedding
         problems.append(Problem("rank", f"got {rank!r}", "a whole number from 1 on, or none"))
     if energy is not None and not 0 < energy <= 1:
         problems.append(Problem("energy", f"got {energy!r}", "above 0 and at most 1"))
+    if alpha is not None and not 0 < alpha < math.inf:
+        problems.append(Problem("alpha", f"got {alpha!r}", "above 0"))
     if stored is None:
         problems.append(Problem("dtype", f"got {dtype!r}", nearest(str(dtype), FLOATS)))
     if embeddings not in ("whole", "lora", "skip"):
@@ -124,15 +182,17 @@ def _check_options(rank: int | None, energy: float | None, dtype: str, embedding
     return stored
 
 
-def _names(tuned: Checkpoint, before: Checkpoint, exclude: Sequence[str]) -> list[str]:
+def _names(tuned: Checkpoint, before: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
     """The tensors that count, in the base's order, or a `CheckpointError` with all in which the two don't fit."""
 
     def wanted(name: str) -> bool:
-        return not any(fnmatchcase(name, pattern) for pattern in exclude)
+        within = not include or any(fnmatchcase(name, pattern) for pattern in include)
+        return within and not any(fnmatchcase(name, pattern) for pattern in exclude)
 
     problems = [
-        Problem("exclude", f"{pattern!r} fits no tensor", "see the names in the models' files")
-        for pattern in exclude
+        Problem(key, f"{pattern!r} fits no tensor", "see the names in the models' files")
+        for key, patterns in (("include", include), ("exclude", exclude))
+        for pattern in patterns
         if not any(fnmatchcase(name, pattern) for name in (*before.specs, *tuned.specs))
     ]
     for one, other in ((tuned, before), (before, tuned)):
@@ -182,6 +242,7 @@ def _write(
     parts: Parts,
     rank: int | None,
     energy: float | None,
+    alpha: float | None,
     dtype: str,
 ) -> tuple[float, float, int]:
     """Write one tensor as it's to be kept: the squared norms of what is lost and of the change, and the rank."""
@@ -202,9 +263,11 @@ def _write(
     module = name.removesuffix(".weight")
     embedding = name in parts.embeddings
     change = delta.T if embedding or name in parts.transposed else delta
-    up, down = _rounded(_leading(change, norm, rank, energy), dtype)
+    up, down = _leading(change, norm, rank, energy)
+    scale = 1.0 if alpha is None else alpha / len(down)
+    up, down = _rounded((up / math.sqrt(scale), down / math.sqrt(scale)), dtype)
     writer.pair(module, up, down, dtype, embedding=embedding)
-    return _lost(change, up, down), norm, len(down)
+    return _lost(change, scale * up, down), norm, len(down)
 
 
 def _leading(change: np.ndarray, norm: float, rank: int | None, energy: float | None) -> tuple[np.ndarray, np.ndarray]:
