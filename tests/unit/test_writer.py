@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from interfuse.checkpoints.header import STORAGE
 from interfuse.checkpoints.source import TensorSpec, open_checkpoint
-from interfuse.checkpoints.writer import MemoryWriter, TensorWriter, whole_folder
+from interfuse.checkpoints.writer import MemoryWriter, TensorWriter, check_output, whole_folder
 from interfuse.errors import CheckpointError
 
 SPECS = {
@@ -248,3 +249,34 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
         with whole_folder(tmp_path / "out"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_the_disk_has_no_room_for_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1_500_000))
+    out = tmp_path / "new" / "out"
+    with pytest.raises(CheckpointError) as caught:
+        with whole_folder(out, nbytes=2_000_000):
+            pass
+    said = f"{out}: needs 2 MB, and 1.5 MB are free at {tmp_path}; free some space, or choose a folder on another disk"
+    assert str(caught.value) == said
+    assert list(tmp_path.iterdir()) == []
+    out.mkdir(parents=True)
+    (out / "old").write_bytes(bytes(1_000_000))  # it stays until the new one is in place
+    with pytest.raises(CheckpointError, match=r"is there already(.|\n)*1\.5 MB are free"):
+        check_output(out, nbytes=2_000_000)
+    with pytest.raises(CheckpointError, match=r"needs 2 MB, and 1\.5 MB are free"):
+        check_output(out, overwrite=True, nbytes=2_000_000)
+    check_output(out, overwrite=True, nbytes=1_500_000)
+
+
+def test_what_a_killed_run_has_left_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1_500_000))
+    (tmp_path / ".out.interfuse-part").mkdir()
+    (tmp_path / ".out.interfuse-part" / "model.safetensors").write_bytes(b"x" * 1_000_000)
+    check_output(tmp_path / "out", nbytes=2_000_000)
+    with pytest.raises(CheckpointError, match=r"needs 3 MB, and 2\.5 MB are free"):
+        check_output(tmp_path / "out", nbytes=3_000_000)

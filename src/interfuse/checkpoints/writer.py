@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from interfuse import units
 from interfuse.checkpoints.header import TensorSpec, encode_header
 from interfuse.errors import CheckpointError, Problem
 
@@ -95,7 +96,7 @@ class MemoryWriter:
 
 @contextlib.contextmanager
 def whole_folder(
-    path: str | Path, *, overwrite: bool = False, inputs: Iterable[str | Path] = (), resume: bool = False
+    path: str | Path, *, overwrite: bool = False, inputs: Iterable[str | Path] = (), resume: bool = False, nbytes: int = 0
 ) -> Iterator[Path]:
     """Give a folder beside `path`, empty, which becomes `path` when the block ends without an exception.
 
@@ -103,12 +104,12 @@ def whole_folder(
     such a rest is removed. Two runs at once of one `path` are a `CheckpointError`.
 
     A non-empty `path` needs `overwrite`; then it is replaced, and removed once the new one is in place. Refused in any
-    case: a `path` that is a file, the current folder, or one of `inputs`, or holds one of them. A link is followed.
-    All these are a `CheckpointError`, raised at entry.
+    case: a `path` that is a file, the current folder, or one of `inputs`, or holds one of them; and `nbytes` that the disk
+    has no room for. A link is followed. All these are a `CheckpointError`, raised at entry.
     """
+    check_output(path, overwrite=overwrite, inputs=inputs, nbytes=nbytes)
     target = Path(path).resolve()
-    _refuse(target, str(path), overwrite, [Path(item).resolve() for item in inputs])
-    part = target.parent / f".{target.name}.interfuse-part"
+    part = _part(target)
     with _alone(target, part, str(path)):
         try:
             if part.exists() and not resume:
@@ -164,20 +165,42 @@ def _alone(target: Path, part: Path, shown: str) -> Iterator[None]:
         os.close(handle)
 
 
-def _refuse(target: Path, shown: str, overwrite: bool, inputs: list[Path]) -> None:
-    def refuse(wrong: str, allowed: str = "choose another folder") -> None:
-        raise CheckpointError(Problem(shown, wrong, allowed))
-
-    here = Path.cwd().resolve()
+def check_output(path: str | Path, *, overwrite: bool = False, inputs: Iterable[str | Path] = (), nbytes: int = 0) -> None:
+    """What `whole_folder` refuses, as a `CheckpointError` with all of it; nothing is made."""
+    target, here = Path(path).resolve(), Path.cwd().resolve()
+    elsewhere = "choose another folder"
+    found: list[tuple[str, str]] = []
     if target == here or target in here.parents:
-        refuse("the current folder, or one that holds it, can't be the output")
-    for item in inputs:
+        found.append(("the current folder, or one that holds it, can't be the output", elsewhere))
+    for item in dict.fromkeys(Path(item).resolve() for item in inputs):
         if target == item or target in item.parents:
-            refuse(f"the output would replace the input {item}")
+            found.append((f"the output would replace the input {item}", elsewhere))
     if target.exists() and not target.is_dir():
-        refuse("is a file, and the output is a folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        refuse("is there already", "choose another folder, or give --overwrite (overwrite=True)")
+        found.append(("is a file, and the output is a folder", elsewhere))
+    elif not found and target.is_dir() and any(target.iterdir()) and not overwrite:
+        found.append(("is there already", f"{elsewhere}, or give --overwrite (overwrite=True)"))
+    free, place = room(path)
+    if nbytes > free:
+        wrong = f"needs {units.count(nbytes, 'B')}, and {units.count(free, 'B')} are free at {place}"
+        found.append((wrong, "free some space, or choose a folder on another disk"))
+    if found:
+        raise CheckpointError(*(Problem(str(path), wrong, allowed) for wrong, allowed in found))
+
+
+def room(path: str | Path) -> tuple[int, Path]:
+    """How many bytes a new folder at `path` may have, and the folder above it that is there.
+
+    What is at `path` already takes its room until the new folder is in place; what a run that was killed has left doesn't.
+    """
+    target = Path(path).resolve()
+    place = next((folder for folder in target.parents if folder.is_dir()), target)
+    left = [Path(folder, name).stat().st_blocks * 512 for folder, _, files in os.walk(_part(target)) for name in files]
+    return shutil.disk_usage(place).free + sum(left), place
+
+
+def _part(target: Path) -> Path:
+    """Where a folder is until it is whole."""
+    return target.parent / f".{target.name}.interfuse-part"
 
 
 def _put(part: Path, target: Path) -> None:

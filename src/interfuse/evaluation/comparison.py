@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from interfuse import units
 from interfuse.errors import OptionError, Problem, nearest
-from interfuse.evaluation import units
 from interfuse.evaluation.cost import Cost
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from interfuse.evaluation import units
+from interfuse import units
 from interfuse.extras import require
 from interfuse.report.labels import Box, Place, place
 

@@ -12,8 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from interfuse import units
 from interfuse.errors import OptionError, Problem
-from interfuse.evaluation import units
 from interfuse.evaluation.comparison import ClassWeights, Comparison, Row
 from interfuse.extras import require
 from interfuse.report.figures import Point, scatter
