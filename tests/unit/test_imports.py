@@ -18,7 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 #: A package or module may import those on its line and above, also inside functions.
 ORDER = """
-errors extras registry progress
+errors extras registry progress units
 checkpoints
 methods
 models
