@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,18 +30,27 @@ _LARGE = 2**25  # bytes from which on a tensor is kept in a file
 _HELD = 8  # tensors of a stage that are remembered
 
 
-def plan_recipes(
-    recipes: Sequence[Recipe], *, compat: bool = False, scratch: Path | None = None
-) -> tuple[Plan, list[Checkpoint]]:
-    """The last recipe's plan and its sources, of which those that earlier recipes give are merged when they are read.
+class Planned(NamedTuple):
+    """A recipe's name, if it has one, its plan, and the checkpoints that the plan is for."""
+
+    name: str | None
+    plan: Plan
+    sources: list[Checkpoint]
+
+
+def plan_recipes(recipes: Sequence[Recipe], *, compat: bool = False, scratch: Path | None = None) -> list[Planned]:
+    """Every recipe's plan, the output's last; what earlier recipes give is merged when it's read.
 
     `scratch` is a folder for large tensors of the stages (left out: the system's).
     """
     given: dict[str, Checkpoint] = {}
-    for recipe in recipes[:-1]:
+    stages: list[Planned] = []
+    for recipe in recipes:
         plan, sources = _planned(recipe, given, compat)
-        given[str(recipe.name)] = merged(str(recipe.name), plan, sources, scratch)
-    return _planned(recipes[-1], given, compat)
+        stages.append(Planned(recipe.name, plan, sources))
+        if recipe.name is not None:
+            given[recipe.name] = merged(recipe.name, plan, sources, scratch)
+    return stages
 
 
 def _planned(recipe: Recipe, given: Mapping[str, Checkpoint], compat: bool) -> tuple[Plan, list[Checkpoint]]:

@@ -63,7 +63,8 @@ def run(
     checked, of_files = chain[-1], merges_files(chain)
     _check_options(seed, threads, device)
     scratch = Path(out).resolve().parent
-    plan, sources = plan_recipes(chain, compat=mergekit_compat, scratch=scratch) if of_files else (None, [])
+    stages = plan_recipes(chain, compat=mergekit_compat, scratch=scratch) if of_files else []
+    _, plan, sources = stages[-1] if stages else (None, None, [])
     record = _intended(checked, plan)
     if dry_run:
         return dataclasses.replace(record, versions=versions(), seconds=time.monotonic() - started)
