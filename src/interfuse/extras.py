@@ -14,6 +14,7 @@ _EXTRA = {
     "tokenizers": "hub",
     "huggingface_hub": "hub",
     "peft": "hub",
+    "fsspec": "hub",
     "datasets": "hub",
     "PIL": "images",
     "matplotlib": "report",

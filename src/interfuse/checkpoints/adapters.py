@@ -100,18 +100,19 @@ class _Parts:
     names: dict[str, str] = field(default_factory=dict)
 
 
-def open_adapter(folder: str | Path) -> Adapter:
+def open_adapter(folder: str | Path, weights: Checkpoint | None = None) -> Adapter:
     """Open a folder with `adapter_config.json` and `adapter_model.safetensors` or `.bin`, as peft writes it.
 
     Anything but LoRA (with its rank-stabilised and DoRA forms), a setting or a stored tensor that isn't understood, and
-    factors that don't fit each other or the config are a `CheckpointError` that names them all.
+    factors that don't fit each other or the config are a `CheckpointError` that names them all. `weights` are the adapter's
+    where they aren't in the folder yet.
     """
     folder = Path(folder)
     config = _read_config(folder)
     files = [folder / name for name in _FILES if (folder / name).is_file()]
-    if not files:
+    if weights is None and not files:
         raise CheckpointError(Problem(str(folder), "no adapter's weights", f"a file is missing: {' or '.join(_FILES)}"))
-    weights = open_checkpoint(files[0])
+    weights = open_checkpoint(files[0]) if weights is None else weights
     found, whole, problems = _sort(weights)
     adapter = Adapter(str(folder), folder, config, weights, {}, whole)
     pairs = {}

@@ -90,7 +90,7 @@ def with_vocabulary(checkpoint: Checkpoint, rows: np.ndarray, fill: Fill, names:
         axis = _axis(spec)[0]
         specs[name] = TensorSpec(spec.dtype, (*spec.shape[:axis], len(rows), *spec.shape[axis + 1 :]))
         places[name] = Remapped(checkpoint, name, rows, fill)
-    return replace(checkpoint, specs=specs, places=places)
+    return replace(checkpoint, specs=specs, places=places, within=(checkpoint,))
 
 
 def _axis(spec: TensorSpec) -> tuple[int, int]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,20 +105,25 @@ def encode_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] |
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a .safetensors file in the order of its header, or a `CheckpointError` with all that is wrong."""
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _LONGEST):
-                wrong = f"the header should be {length} bytes, the file has {size}" if size >= 8 else f"{size} bytes long"
-                raise CheckpointError(_damaged(path, wrong))
-            text = file.read(length)
+            return header_of(str(path), path.stat().st_size, lambda start, stop: os.pread(file.fileno(), stop - start, start))
     except OSError as error:
         raise CheckpointError(Problem(str(path), f"can't be read: {error.strerror}")) from None
-    entries = _parse(path, text)
-    return _entries(path, entries, start=8 + length, end=size)
 
 
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
+def header_of(file: str, size: int, read: Callable[[int, int], bytes], first: int = 8) -> dict[str, Entry]:
+    """`read_header` of a file of `size` bytes that `read(start, stop)` gives bytes of, `first` of them in the first call."""
+    head = read(0, min(first, size))
+    length = int.from_bytes(head[:8], "little")
+    if size < 8 or length > min(size - 8, _LONGEST):
+        wrong = f"the header should be {length} bytes, the file has {size}" if size >= 8 else f"{size} bytes long"
+        raise CheckpointError(_damaged(file, wrong))
+    if len(head) < 8 + length:
+        head += read(len(head), 8 + length)
+    return _entries(file, _parse(file, head[8 : 8 + length]), start=8 + length, end=size)
+
+
+def _parse(file: str, text: bytes) -> dict[str, Any]:
     repeated: list[str] = []
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -129,26 +135,26 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         entries = json.loads(text.decode(), object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(_damaged(path, f"the header isn't JSON ({type(error).__name__})")) from None
+        raise CheckpointError(_damaged(file, f"the header isn't JSON ({type(error).__name__})")) from None
     if repeated:
-        raise CheckpointError(*(_damaged(path, f"{name!r} is there more than once") for name in repeated))
+        raise CheckpointError(*(_damaged(file, f"{name!r} is there more than once") for name in repeated))
     if not isinstance(entries, dict):
-        raise CheckpointError(_damaged(path, f"the header is a {type(entries).__name__}, not an object"))
+        raise CheckpointError(_damaged(file, f"the header is a {type(entries).__name__}, not an object"))
     entries.pop(_METADATA, None)
     return entries
 
 
-def _entries(path: Path, entries: dict[str, Any], start: int, end: int) -> dict[str, Entry]:
+def _entries(file: str, entries: dict[str, Any], start: int, end: int) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     problems = []
     for name, entry in entries.items():
         wrong = _wrong(entry, end - start)
         if wrong:
-            problems.append(_damaged(path, f"tensor {name!r}: {wrong}"))
+            problems.append(_damaged(file, f"tensor {name!r}: {wrong}"))
         else:
             found[name] = Entry(TensorSpec(entry["dtype"], tuple(entry["shape"])), start + entry["data_offsets"][0])
     if not problems:
-        problems = [_damaged(path, wrong) for wrong in _gaps(found, start, end)]
+        problems = [_damaged(file, wrong) for wrong in _gaps(found, start, end)]
     if problems:
         raise CheckpointError(*problems)
     return found
@@ -199,5 +205,5 @@ def _gaps(found: Mapping[str, Entry], start: int, end: int) -> list[str]:
     return wrong
 
 
-def _damaged(path: Path, wrong: str) -> Problem:
-    return Problem(str(path), f"damaged: {wrong}", "get the file again")
+def _damaged(file: str, wrong: str) -> Problem:
+    return Problem(file, f"damaged: {wrong}", "get the file again")

@@ -46,6 +46,7 @@ def with_adapter(checkpoint: Checkpoint, adapter: Adapter, scale: float = 1.0) -
         specs={name: fitted.specs.get(name, spec) for name, spec in checkpoint.specs.items()},
         places={**checkpoint.places, **fitted.places},
         declared={**checkpoint.declared, **changed},
+        within=(checkpoint, adapter.weights),
     )
 
 

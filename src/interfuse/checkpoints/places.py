@@ -26,6 +26,23 @@ class Place(Protocol):
         """Elements `start` to `stop`, flat: a view or a fresh array, never to be written to. Any thread may ask."""
 
 
+class File(Protocol):
+    """A file that tensors lie in: `MappedFile`, or one that is fetched first."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is on this machine, or will be."""
+
+    def state(self) -> tuple[str, int, int]:
+        """What tells this file from another or a later one: path, size, and when it was last written."""
+
+    def check(self) -> None:
+        """Nothing, or a `CheckpointError` if the file isn't the one that was opened."""
+
+    def view(self, offset: int, nbytes: int) -> np.ndarray:
+        """`nbytes` of the file from `offset` on, as bytes that are mapped, not copied."""
+
+
 class MappedFile:
     """A file that is mapped when it is first read, and that notices when it has been changed since it was opened.
 
@@ -61,7 +78,7 @@ class MappedFile:
 class Stored(NamedTuple):
     """A tensor in a file: its bytes begin at `offset`."""
 
-    file: MappedFile
+    file: File
     offset: int
     spec: TensorSpec
 

@@ -14,6 +14,7 @@ from types import TracebackType
 
 import numpy as np
 
+from interfuse.checkpoints.folders import INDEX, SAFE, split
 from interfuse.checkpoints.header import Entry, TensorSpec, encode_header
 from interfuse.checkpoints.writer import write_at
 
@@ -25,40 +26,48 @@ class ShardWriter:
     """The files of a checkpoint with these tensors; a context manager. A class, because it holds open files.
 
     Files that are there are written into, not emptied, if they have the same header; `write` is given elements of a tensor
-    from an index on, in its storage type.
+    from an index on, in its storage type. `stems` as a `Checkpoint` has them: what files are called, by sub-folder.
     """
 
-    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], shard: int = SHARD):
+    def __init__(
+        self, folder: Path, specs: Mapping[str, TensorSpec], shard: int = SHARD, *, stems: Mapping[str, str] | None = None
+    ):
         self.folder = folder
-        groups = _groups(specs, shard)
-        digits = f"{len(groups):05d}"
-        single = len(groups) == 1
-        self.names = [
-            "model.safetensors" if single else f"model-{i + 1:05d}-of-{digits}.safetensors" for i in range(len(groups))
-        ]
+        self.names: list[str] = []
         self._heads: list[bytes] = []
         self._sizes: list[int] = []
         self._places: dict[str, tuple[int, Entry]] = {}
-        for i, names in enumerate(groups):
-            part = {name: specs[name] for name in names}
-            head, entries = encode_header(part, {"format": "pt"})
-            self._heads.append(head)
-            self._sizes.append(len(head) + sum(spec.nbytes for spec in part.values()))
-            self._places.update({name: (i, entry) for name, entry in entries.items()})
-        self._index = None if single else _index(self.names, groups, specs)
+        self._indexes: dict[str, str] = {}
+        for inner, stem, names in split(list(specs), stems or {"": "model"}):
+            own = {name.removeprefix(inner): specs[name] for name in names}
+            groups = _groups(own, shard)
+            files = [f"{stem}{SAFE}"]
+            if len(groups) > 1:
+                files = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}{SAFE}" for i in range(len(groups))]
+                self._indexes[f"{stem}{SAFE}{INDEX}"] = _index([f.removeprefix(inner) for f in files], groups, own)
+            for file, group in zip(files, groups, strict=True):
+                self._add(file, inner, {name: own[name] for name in group})
         self._files: list[int] = []
+
+    def _add(self, file: str, inner: str, part: Mapping[str, TensorSpec]) -> None:
+        head, entries = encode_header(part, {"format": "pt"})
+        self._places.update({inner + name: (len(self.names), entry) for name, entry in entries.items()})
+        self.names.append(file)
+        self._heads.append(head)
+        self._sizes.append(len(head) + sum(spec.nbytes for spec in part.values()))
 
     def __enter__(self) -> ShardWriter:
         try:
             for name, head, size in zip(self.names, self._heads, self._sizes, strict=True):
+                (self.folder / name).parent.mkdir(exist_ok=True)
                 handle = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 self._files.append(handle)
                 if os.fstat(handle).st_size != size or os.pread(handle, len(head), 0) != head:
                     os.ftruncate(handle, 0)
                     write_at(handle, head, 0)
                     os.ftruncate(handle, size)
-            if self._index is not None:
-                (self.folder / "model.safetensors.index.json").write_text(self._index, encoding="utf-8")
+            for name, text in self._indexes.items():
+                (self.folder / name).write_text(text, encoding="utf-8")
         except BaseException:
             self._close()
             raise

@@ -1,24 +1,27 @@
 """Named tensors wherever they are: `open_checkpoint(folder | file | module | mapping)` reads headers now and data late.
 
 safetensors needs no torch. Torch's own files are opened with `weights_only` and `mmap`: a pickle that asks for anything
-but tensors is refused, and there is no switch to allow it. Not a loader of models (`interfuse.models` builds those), and
-nothing here looks at what a tensor means.
+but tensors is refused, and there is no switch to allow it. Which files of a folder these are is for `folders` to say, and
+what isn't on this machine for `remote` to open. Not a loader of models (`interfuse.models` builds those), and nothing here
+looks at what a tensor means.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
-from interfuse.checkpoints.header import STORAGE, read_header
+from interfuse.checkpoints.folders import INDEX, SAFE, TORCH, Weights, find_weights, indexed
+from interfuse.checkpoints.header import STORAGE, Entry, read_header
 from interfuse.checkpoints.header import TensorSpec as TensorSpec
-from interfuse.checkpoints.places import MappedFile, Place, Resident, Stored
+from interfuse.checkpoints.places import File, MappedFile, Place, Resident, Stored
+from interfuse.checkpoints.store import Store
 from interfuse.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
@@ -27,9 +30,6 @@ if TYPE_CHECKING:
 #: Elements a block has: the unit in which everything is streamed.
 BLOCK = 2**20
 
-_TORCH_FILES = (".bin", ".pt", ".pth", ".ckpt")
-_NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
-
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
@@ -37,7 +37,9 @@ class Checkpoint:
 
     `name` is what to call it in messages, `specs` each tensor's type and shape in stored order, `folder` the folder that
     was opened, with its side files (None for a single file and in memory). `declared` has the types of tensors that are
-    computed in another one than the model has them in.
+    computed in another one than the model has them in, and `within` the checkpoints that such tensors are computed from.
+    `stems` says what an output's file is called, for each sub-folder that is merged with the rest (`unet/`). A model that
+    isn't on this machine has a `store`.
     """
 
     name: str
@@ -45,6 +47,9 @@ class Checkpoint:
     folder: Path | None
     places: Mapping[str, Place]
     declared: Mapping[str, str] = field(default_factory=dict)
+    within: tuple[Checkpoint, ...] = ()
+    stems: Mapping[str, str] = field(default_factory=lambda: {"": "model"})
+    store: Store | None = None
 
     def block(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements `start` to `stop` in row-major order, flat, in the storage type; don't write to it. Thread-safe."""
@@ -68,9 +73,13 @@ class Checkpoint:
         place = self.places[name]
         return (str(place.file.path), place.offset) if isinstance(place, Stored) else ("", 0)
 
-    def files(self) -> list[MappedFile]:
-        """The files that tensors lie in, in order."""
-        return list(dict.fromkeys(place.file for place in self.places.values() if isinstance(place, Stored)))
+    def files(self, names: Iterable[str] | None = None) -> list[File]:
+        """The files that tensors lie in, or these, in order; of tensors that are computed, all that they may be from."""
+        places = list(self.places.values()) if names is None else [self.places[name] for name in names]
+        found = [place.file for place in places if isinstance(place, Stored)]
+        if len(found) < len(places):
+            found += [file for checkpoint in self.within for file in checkpoint.files()]
+        return list(dict.fromkeys(found))
 
     def hash(self) -> str:
         """The XXH3 of all names, types, shapes and bytes: equal tensors, equal hash, however they are stored."""
@@ -112,96 +121,91 @@ def open_checkpoint(ref: str | Path | torch.nn.Module | Mapping[str, Any] | Chec
     if not path.exists():
         raise CheckpointError(Problem(str(ref), "no such file or folder", "give a folder or file of weights on this machine"))
     if path.is_dir():
-        return replace(_from_file(str(ref), _weights_file(path)), folder=path)
+        return open_folder(path, str(ref))
+    if path.name.endswith(INDEX):
+        names = [item.name for item in path.parent.iterdir()]
+        weights = indexed(str(path.parent), "", path.name, names, lambda name: _text(path.parent / name))
+        return assembled(str(ref), [weights], lambda name: _from_file(str(path.parent / name), path.parent / name))
     return _from_file(str(ref), path)
 
 
-def _weights_file(folder: Path) -> Path:
-    """The file that says where a folder's weights are."""
-    names = sorted(item.name for item in folder.iterdir() if item.is_file() and not item.name.startswith("."))
-    indexes = [name for name in names if name.endswith(".safetensors.index.json")]
-    weights = [name for name in names if name.endswith(".safetensors")]
-    pickles = [name for name in names if name.endswith(_TORCH_FILES) and not name.startswith(_NOT_WEIGHTS)]
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        if name in names:
-            return folder / name
-    if len(indexes) == 1:
-        return folder / indexes[0]
-    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
-        if name in names:
-            return folder / name
-    candidates = weights or pickles
-    if "adapter_config.json" in names and candidates:
-        raise CheckpointError(Problem(str(folder), "holds a LoRA adapter, not a model", "merge it into its model first"))
-    if len(candidates) == 1 and not indexes:
-        return folder / candidates[0]
-    found = ", ".join(indexes + candidates)
-    wrong = f"{len(indexes + candidates)} files of weights, none named model: {found}" if found else "no file of weights"
-    raise CheckpointError(Problem(str(folder), wrong, "name the file itself, e.g. FOLDER/model.safetensors"))
+def open_folder(folder: Path, name: str = "", stems: Mapping[str, str] | None = None) -> Checkpoint:
+    """`open_checkpoint` of a folder; with `stems`, of one that was written with them and may lack its side files."""
+    names = [item.name for item in folder.iterdir() if not item.name.startswith(".")]
+    names += [f"{sub}/{item.name}" for sub in names if (folder / sub).is_dir() for item in (folder / sub).iterdir()]
+    text = lambda name: _text(folder / name)
+    if stems is None:
+        found = find_weights(str(folder), names, text)
+    else:
+        found = [_written(str(folder), inner, stem, names, text) for inner, stem in stems.items()]
+    whole = assembled(name or str(folder), found, lambda file: _from_file(str(folder / file), folder / file))
+    return replace(whole, folder=folder)
 
 
-def _from_file(name: str, path: Path) -> Checkpoint:
-    if path.name.endswith(".index.json"):
-        return _from_index(name, path)
-    if path.suffix == ".safetensors":
-        file = MappedFile(path)
-        entries = read_header(path)
-        return Checkpoint(
-            name,
-            {key: entry.spec for key, entry in entries.items()},
-            None,
-            {key: Stored(file, entry.offset, entry.spec) for key, entry in entries.items()},
-        )
-    if path.suffix in _TORCH_FILES:
-        from interfuse.checkpoints.tensors import load_file
-
-        return _in_memory(name, load_file(path))
-    raise CheckpointError(
-        Problem(name, f"{path.name!r} isn't a file of weights", "allowed: .safetensors, .bin, .pt, .pth, .ckpt")
-    )
+def _written(folder: str, inner: str, stem: str, names: Sequence[str], text: Callable[[str], str]) -> Weights:
+    """The weights that lie in files of that stem."""
+    single, index = f"{stem}{SAFE}", f"{stem}{SAFE}{INDEX}".removeprefix(inner)
+    if single in names:
+        return Weights(inner, stem, (single,))
+    return indexed(folder, inner, index, [name.removeprefix(inner) for name in names], text)
 
 
-def _from_index(name: str, path: Path) -> Checkpoint:
-    """A sharded checkpoint: the index says which file beside it holds which tensor."""
-    where = _weight_map(path)
-    names = list(dict.fromkeys(where.values()))
-    absent = [shard for shard in names if not (path.parent / shard).is_file()]
-    if absent:
-        raise CheckpointError(*(Problem(str(path), f"{shard!r} isn't there", "get that file too") for shard in absent))
-    shards = {shard: _from_file(str(path.parent / shard), path.parent / shard) for shard in names}
-    missing = [key for key, shard in where.items() if key not in shards[shard].specs]
-    unlisted = [key for shard in shards.values() for key in shard.specs if key not in where]
-    problems = [Problem(str(path), f"tensor {key!r} isn't in {where[key]!r}", "get the files again") for key in missing]
-    problems += [Problem(str(path), f"tensor {key!r} is in a shard but not in the index") for key in unlisted]
-    if problems:
-        raise CheckpointError(*problems)
-    specs = {key: shards[shard].specs[key] for key, shard in where.items()}
-    return Checkpoint(name, specs, None, {key: shards[shard].places[key] for key, shard in where.items()})
+def assembled(name: str, found: Sequence[Weights], open_file: Callable[[str], Checkpoint]) -> Checkpoint:
+    """One checkpoint of all these weights: `open_file` opens each file, by its path in the folder."""
+    specs: dict[str, TensorSpec] = {}
+    places: dict[str, Place] = {}
+    for weights in found:
+        files = {file: open_file(file) for file in weights.files}
+        for tensor, file in _where(weights, files).items():
+            specs[weights.inner + tensor] = files[file].specs[tensor]
+            places[weights.inner + tensor] = files[file].places[tensor]
+    return Checkpoint(name, specs, None, places, stems={weights.inner: weights.stem for weights in found})
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    """Tensor -> file of an index, each file a plain name in the index's own folder."""
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        where = index["weight_map"]
-        good = isinstance(where, dict) and all(isinstance(shard, str) for shard in where.values())
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        good = False
-    if not good:
-        raise CheckpointError(Problem(str(path), "isn't an index with a weight_map", "get the file again"))
-    problems = [
-        Problem(str(path), f"tensor {key!r} lies in {shard!r}", "a shard is a plain file name beside the index")
-        for key, shard in where.items()
-        if PurePosixPath(shard).name != shard or PureWindowsPath(shard).name != shard or shard == ".."
-    ]
-    problems += [
-        Problem(str(path), f"tensor {key!r} lies in {shard!r}", "a shard is a .safetensors or .bin file")
-        for key, shard in where.items()
-        if not shard.endswith((".safetensors", *_TORCH_FILES)) and not problems
-    ]
+def _where(weights: Weights, files: Mapping[str, Checkpoint]) -> Mapping[str, str]:
+    """Tensor -> file, as the index says, with which the files must agree; without one, each tensor is in one file."""
+    if weights.where is not None:
+        where = weights.where
+        short = {file: file.removeprefix(weights.inner) for file in files}
+        missing = [key for key, file in where.items() if key not in files[file].specs]
+        unlisted = [key for file in files.values() for key in file.specs if key not in where]
+        problems = [
+            Problem(weights.told_by, f"tensor {k!r} isn't in {short[where[k]]!r}", "get the files again") for k in missing
+        ]
+        problems += [Problem(weights.told_by, f"tensor {key!r} is in a shard but not in the index") for key in unlisted]
+    else:
+        pairs = [(key, file) for file, checkpoint in files.items() for key in checkpoint.specs]
+        where = dict(pairs)
+        allowed = "shards that split each tensor, and models beside each other, can't be read: name one file"
+        wrong = [(files[file].name, key) for key, file in pairs if where[key] != file]
+        problems = [Problem(name, f"tensor {key!r} is in {where[key]!r} too", allowed) for name, key in wrong[:1]]
     if problems:
         raise CheckpointError(*problems)
     return where
+
+
+def stored(name: str, file: File, entries: Mapping[str, Entry]) -> Checkpoint:
+    """The checkpoint of one .safetensors file with these entries."""
+    places = {key: Stored(file, entry.offset, entry.spec) for key, entry in entries.items()}
+    return Checkpoint(name, {key: entry.spec for key, entry in entries.items()}, None, places)
+
+
+def _from_file(name: str, path: Path) -> Checkpoint:
+    if path.suffix == SAFE:
+        return stored(name, MappedFile(path), read_header(path))
+    if path.suffix in TORCH:
+        from interfuse.checkpoints.tensors import load_file
+
+        return _in_memory(name, load_file(path))
+    allowed = f"allowed: {', '.join((SAFE, *TORCH))}"
+    raise CheckpointError(Problem(name, f"{path.name!r} isn't a file of weights", allowed))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(Problem(str(path), f"can't be read as text ({error})", "get the file again")) from None
 
 
 def _module(module: Any) -> Checkpoint:

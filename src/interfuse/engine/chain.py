@@ -76,7 +76,8 @@ def merged(name: str, plan: Plan, sources: Sequence[Checkpoint], scratch: Path |
     """What the plan makes of its sources, as a checkpoint that is merged tensor by tensor, as they are read."""
     stage = _Stage(plan, sources, scratch)
     places = {output.name: _Merged(stage, output) for output in plan.outputs}
-    return Checkpoint(name, plan.specs, sources[plan.lead].folder, places)
+    lead = sources[plan.lead]
+    return Checkpoint(name, plan.specs, lead.folder, places, within=tuple(sources), stems=lead.stems, store=lead.store)
 
 
 class _Stage:

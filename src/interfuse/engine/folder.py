@@ -17,21 +17,21 @@ import numpy as np
 
 import interfuse
 from interfuse.checkpoints.config import output_config
+from interfuse.checkpoints.folders import TORCH, is_weights, split
 from interfuse.checkpoints.layers import find_layers
 from interfuse.checkpoints.numbers import FLOATS
+from interfuse.checkpoints.remote import OTHER_FORMS
 from interfuse.checkpoints.shards import ShardWriter
-from interfuse.checkpoints.source import Checkpoint, hash_block, hash_of, open_checkpoint
+from interfuse.checkpoints.source import Checkpoint, hash_block, hash_of, open_folder
 from interfuse.engine.journal import Journal
 from interfuse.engine.local import execute
 from interfuse.engine.merging import Merging
+from interfuse.engine.opening import fetch
 from interfuse.engine.reading import ranges_of
 from interfuse.errors import CheckpointError, Problem
 from interfuse.plan import Plan, config_of
 from interfuse.registry import find
 
-#: Weights in the forms that are read here, and in others.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
-_OTHER_FORMS = (".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz")
 #: What speaks of the copied model alone: its card, and how it was itself made.
 _ITS_OWN = ("README.md", "interfuse.json")
 _LARGEST_SIDE_FILE = 64 * 2**20
@@ -50,21 +50,24 @@ def merge_into(
 ) -> dict[str, Any]:
     """Run the plan into `folder`, which is there; what `interfuse.json` then says.
 
-    Weights are `model.safetensors`, or shards with an index; config, tokenizer and other small files come from the plan's
-    lead. Whatever is wrong with the data is a `CheckpointError`.
+    Weights are `model.safetensors`, or shards with an index, in each sub-folder that the plan's lead has weights in; config,
+    tokenizer and other small files come from that. What isn't on this machine is fetched first. Whatever is wrong with the
+    data is a `CheckpointError`.
     """
-    journal = Journal(folder, plan, sources, resume=resume)
-    with ShardWriter(folder, plan.specs) as writer:
+    fetch(plan, sources, shown=progress)
+    lead = sources[plan.lead]
+    stems = {inner: stem for inner, stem, _ in split(list(plan.specs), lead.stems)}
+    journal = Journal(folder, plan, sources, stems, resume=resume)
+    with ShardWriter(folder, plan.specs, stems=stems) as writer:
         merging = execute(
             plan, sources, writer,
             threads=threads, allow_nonfinite=allow_nonfinite, progress=progress,
             done=journal.note, skip=lambda output: output.name in journal.done,
         )  # fmt: skip
     journal.restore(merging)
-    output_hash = _read_back(folder, plan, merging)
+    output_hash = _read_back(folder, plan, merging, stems)
     journal.close()
-    lead = sources[plan.lead]
-    left_out = _copy_side_files(lead.folder, folder) if lead.folder else []
+    left_out = _copy_side_files(lead.folder, folder, list(stems)) if lead.folder else []
     notes = _set_config(folder / "config.json", plan, sources)
     made = provenance(plan, sources, merging, recipes)
     record = {**made, "notes": [*made["notes"], *notes], "output": output_hash, "left_out": left_out}
@@ -72,9 +75,9 @@ def merge_into(
     return record
 
 
-def _read_back(folder: Path, plan: Plan, merging: Merging) -> str:
+def _read_back(folder: Path, plan: Plan, merging: Merging, stems: Mapping[str, str]) -> str:
     """Compare the files with what was meant to be in them: names, types, shapes, and every block's hash; the whole hash."""
-    there = open_checkpoint(folder)
+    there = open_folder(folder, stems=stems)
     wrong = [name for name, spec in plan.specs.items() if there.specs.get(name) != spec]
     wrong += [name for name in there.specs if name not in plan.specs]
     blocks: dict[str, list[bytes]] = {}
@@ -121,17 +124,17 @@ def read_hash(source: Checkpoint, number: int, merging: Merging) -> str:
     return hash_of(read)
 
 
-def _copy_side_files(source: Path, folder: Path) -> list[str]:
-    """Copy config, tokenizer, code, modules in sub-folders and the like; what was left behind, weights aside."""
+def _copy_side_files(source: Path, folder: Path, merged: Sequence[str]) -> list[str]:
+    """Copy config, tokenizer, code, sub-folders and the like; what was left behind, weights in `merged` ones aside."""
     left_out: list[str] = []
     for item in sorted(source.iterdir()):
-        if item.name.startswith(".") or item.name in _ITS_OWN or (folder / item.name).exists():
+        if item.name.startswith(".") or item.name in _ITS_OWN or (folder / item.name).is_file():
             continue
         if item.name.startswith("checkpoint-"):  # what a trainer kept on the way
             left_out.append(item.name)
         elif item.is_dir():
-            left_out += [f"{item.name}/{name}" for name in _copy_folder(item, folder / item.name)]
-        elif item.name.endswith((*_WEIGHTS, *_OTHER_FORMS)):
+            left_out += [f"{item.name}/{name}" for name in _copy_folder(item, folder / item.name, merged)]
+        elif is_weights(item.name) or item.name.endswith((*TORCH, *OTHER_FORMS)):
             continue
         elif not item.is_file() or item.stat().st_size > _LARGEST_SIDE_FILE:
             left_out.append(item.name)
@@ -140,15 +143,16 @@ def _copy_side_files(source: Path, folder: Path) -> list[str]:
     return left_out
 
 
-def _copy_folder(source: Path, folder: Path) -> list[str]:
-    """Copy a sub-folder's small files, modules' own weights among them; what was left behind: other forms, large files."""
+def _copy_folder(source: Path, folder: Path, merged: Sequence[str]) -> list[str]:
+    """Copy a sub-folder's small files, weights among them that aren't merged; what was left behind: other forms, large ones."""
     left_out = []
+    ours = f"{source.name}/" in merged
     for item in sorted(source.rglob("*")):
         name = item.relative_to(source)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
-        if item.is_dir() or hidden:
+        if item.is_dir() or hidden or (ours and len(name.parts) == 1 and is_weights(item.name)):
             continue
-        if not item.is_file() or item.stat().st_size > _LARGEST_SIDE_FILE or item.name.endswith(_OTHER_FORMS):
+        if not item.is_file() or item.stat().st_size > _LARGEST_SIDE_FILE or item.name.endswith(OTHER_FORMS):
             left_out.append(str(name))
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

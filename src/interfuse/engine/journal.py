@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from interfuse.checkpoints.source import Checkpoint, hash_block, open_checkpoint
+from interfuse.checkpoints.source import Checkpoint, hash_block, open_folder
 from interfuse.engine.merging import Merging
 from interfuse.errors import UserError
 from interfuse.plan import Output, Plan
@@ -24,10 +24,10 @@ NAME = "journal.jsonl"
 class Journal:
     """The journal of one merge in `folder`. A class, because it holds an open file and what it has read."""
 
-    def __init__(self, folder: Path, plan: Plan, sources: Sequence[Checkpoint], *, resume: bool):
+    def __init__(self, folder: Path, plan: Plan, sources: Sequence[Checkpoint], stems: Mapping[str, str], *, resume: bool):
         self._path = folder / NAME
         self._first = json.dumps({"plan": plan.digest(), "files": [f.state() for s in sources for f in s.files()]})
-        self.done: dict[str, dict[str, Any]] = self._read(folder, plan) if resume else {}
+        self.done: dict[str, dict[str, Any]] = self._read(folder, plan, stems) if resume else {}
         self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self._add(self._first)
         for name, line in self.done.items():
@@ -57,11 +57,11 @@ class Journal:
     def _add(self, line: str) -> None:
         os.write(self._file, (line + "\n").encode())
 
-    def _read(self, folder: Path, plan: Plan) -> dict[str, dict[str, Any]]:
+    def _read(self, folder: Path, plan: Plan, stems: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         """The tensors that are done, by what the journal says and the files hold."""
         try:
             first, *lines = self._path.read_text(encoding="utf-8").split("\n")
-            there = open_checkpoint(folder) if first == self._first else None
+            there = open_folder(folder, stems=stems) if first == self._first else None
         except (OSError, ValueError, UserError):
             return {}
         if there is None or there.specs != plan.specs:

@@ -1,19 +1,23 @@
-"""A reference to a checkpoint opened: a local path, a hub id with its revision, an adapter added. No network is built."""
+"""References to checkpoints opened: on this machine, on a hub, behind a URL, an adapter added. No network is built.
+
+What is elsewhere is opened from its headers, and fetched (`fetch`) when a plan has no problem.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from interfuse.checkpoints.adapters import open_adapter
+from interfuse.checkpoints.adapters import Adapter, open_adapter
 from interfuse.checkpoints.lora import with_adapter
-from interfuse.checkpoints.source import Checkpoint, open_checkpoint
-from interfuse.errors import CheckpointError, MissingExtra, Problem, UserError
-from interfuse.extras import require
+from interfuse.checkpoints.remote import free_space_problems, open_anywhere, open_store, place_of, side_files
+from interfuse.checkpoints.source import Checkpoint
+from interfuse.checkpoints.store import RemoteFile, Store
+from interfuse.checkpoints.store import fetch as fetch_files
+from interfuse.errors import CheckpointError, Problem, UserError
+from interfuse.plan import Plan
 from interfuse.recipe.references import Reference
 
-_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
-_PICKLES = ["*.bin", "*.bin.index.json", "*.pt", "*.pth"]
+_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def open_references(
@@ -25,8 +29,6 @@ def open_references(
     for reference in references:
         try:
             opened[reference] = _open(reference, given or {})
-        except MissingExtra:
-            raise
         except UserError as error:
             problems += error.problems
     if problems:
@@ -36,25 +38,42 @@ def open_references(
 
 def _open(reference: Reference, given: Mapping[str, Checkpoint]) -> Checkpoint:
     plain = given.get(reference.path)
-    checkpoint = plain if plain is not None else open_checkpoint(local(reference.path, reference.revision))
+    checkpoint = plain if plain is not None else open_anywhere(reference.path, reference.revision)
     if reference.lora is None:
         return checkpoint
-    return with_adapter(checkpoint, open_adapter(local(reference.lora, reference.lora_revision)))
+    return with_adapter(checkpoint, _adapter(reference.lora, reference.lora_revision))
 
 
-def local(path: str, revision: str | None) -> Path:
-    """The path on this machine: as it is where something is there, else fetched from the hub into its cache."""
-    here = Path(path).expanduser()
-    if here.exists() or (revision is None and (path.startswith(("/", ".", "~")) or path.count("/") != 1)):
-        return here
-    hub = require("huggingface_hub")
-    try:
-        folder = hub.snapshot_download(path, revision=revision, allow_patterns=_FILES)
-        if not any(Path(folder).glob("*.safetensors")):
-            folder = hub.snapshot_download(path, revision=revision, allow_patterns=[*_FILES, *_PICKLES])
-    except Exception as error:  # what a hub client raises is its own affair
-        reason = str(error).strip().partition("\n")[0][:200]
-        allowed = "give a folder or file on this machine, or a hub id that exists"
-        wrong = f"is no file or folder here, and can't be fetched from the hub ({type(error).__name__}: {reason})"
-        raise CheckpointError(Problem(path if revision is None else f"{path}@{revision}", wrong, allowed)) from None
-    return Path(folder)
+def _adapter(path: str, revision: str | None) -> Adapter:
+    where, _ = place_of(path, revision)
+    if not isinstance(where, Store):
+        return open_adapter(where)
+    file = next((name for name in _ADAPTER if name in where.sizes), None)
+    if file is None or "adapter_config.json" not in where.sizes:
+        raise CheckpointError(Problem(where.name, "holds no LoRA adapter", f"a file is missing: {' or '.join(_ADAPTER)}"))
+    where.get(["adapter_config.json"], False)
+    return open_adapter(where.folder, open_store(where, file))
+
+
+def fetch(plan: Plan, sources: Sequence[Checkpoint], *, shown: bool = True) -> None:
+    """Fetch what the plan reads of models that aren't on this machine, and the lead's side files."""
+    read: dict[int, dict[str, None]] = {}
+    for output in plan.outputs:
+        for source, name in output.reads:
+            read.setdefault(source, {})[name] = None
+    files = [file for i, names in read.items() for file in sources[i].files(names) if isinstance(file, RemoteFile)]
+    lead = sources[plan.lead].store
+    files += [lead.file(name) for name in side_files(lead)] if lead is not None else []
+    by_store: dict[Store, list[str]] = {}
+    for file in dict.fromkeys(files):
+        by_store.setdefault(file.store, []).append(file.name)
+    problems = free_space_problems(list(by_store.items()))
+    if problems:
+        raise CheckpointError(*problems)
+    fetch_files(list(dict.fromkeys(files)), shown=shown)
+
+
+def fetch_side_files(checkpoint: Checkpoint) -> None:
+    """Fetch config, tokenizer and the like of a model that isn't on this machine, for who reads them in its folder."""
+    if checkpoint.store is not None and checkpoint.folder is not None:
+        checkpoint.store.get(side_files(checkpoint.store), False)

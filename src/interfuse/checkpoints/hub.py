@@ -1,0 +1,149 @@
+"""A model on a hub as a `Store`: its revision resolved to a commit once, files in the hub's own cache. Reads no tensors.
+
+Without a network, what an earlier run left in the cache is used. What a hub's client raises becomes a `CheckpointError` that
+names the model and the way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from interfuse.checkpoints.store import Store
+from interfuse.errors import CheckpointError, MissingExtra, Problem
+from interfuse.extras import require
+
+_PATIENCE = 20.0  # seconds without an answer
+_AT_ONCE = 4
+_LOCAL = "give a folder or file on this machine"
+_TOKEN = "set HF_TOKEN, or run `hf auth login`"
+
+
+def is_hub_id(path: str, revision: str | None) -> bool:
+    """Whether what isn't on this machine could be a hub id: `owner/name`, or any name with a revision."""
+    return revision is not None or (not path.startswith(("/", ".", "~")) and path.count("/") == 1 and "://" not in path)
+
+
+def hub_store(repo: str, revision: str | None) -> Store | Path:
+    """The model's folder on the hub, or that in the cache where the hub can't be reached."""
+    name = repo if revision is None else f"{repo}@{revision}"
+    try:
+        hub = require("huggingface_hub")
+    except MissingExtra:
+        wrong = "is no file or folder here, and a hub id takes huggingface_hub, which isn't installed"
+        raise CheckpointError(Problem(name, wrong, f"pip install 'interfuse[hub]', or {_LOCAL}")) from None
+    api = hub.HfApi()
+    try:
+        info = api.model_info(repo, revision=revision, files_metadata=True, timeout=_PATIENCE)
+    except Exception as error:  # what a hub's client raises is its own affair
+        cached = None if _kinds(error) & {"RevisionNotFoundError", "HFValidationError"} else _cached(hub, repo, revision)
+        if cached is None:
+            raise CheckpointError(_problem(name, error)) from None
+        return cached
+    sizes = {item.rfilename: item.size for item in info.siblings or ()}
+    folder = _snapshots(hub, repo) / str(info.sha)
+    files = _Files(hub, api, repo, str(info.sha), folder, name)
+    first = next((file for file in ("config.json", "README.md", ".gitattributes") if file in sizes), None)
+    if first is not None and revision != info.sha:  # its name in the cache is what a run without a network looks for
+        files.fetch(first, revision)
+    return Store(name, f"{repo}@{info.sha}", folder, sizes, files.read, files.get)
+
+
+class _Files:
+    """The files of one commit. A class, for what reading and fetching have in common."""
+
+    def __init__(self, hub: ModuleType, api: Any, repo: str, commit: str, folder: Path, name: str):
+        self.hub, self.api, self.repo, self.commit, self.folder, self.name = hub, api, repo, commit, folder, name
+
+    def read(self, file: str, start: int, stop: int) -> bytes:
+        """Bytes of a file, from the cache or by a request for just these."""
+        here = self.folder / file
+        if here.is_file():
+            with here.open("rb") as opened:
+                opened.seek(start)
+                return opened.read(stop - start)
+        url = self.hub.hf_hub_url(self.repo, file, revision=self.commit, endpoint=self.api.endpoint)
+        headers = self.hub.utils.build_hf_headers(token=self.api.token)
+        headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        try:
+            response = self.hub.utils.get_session().get(url, headers=headers, timeout=_PATIENCE)
+            self.hub.utils.hf_raise_for_status(response)
+        except Exception as error:
+            raise CheckpointError(_problem(f"{self.name}/{file}", error)) from None
+        content: bytes = response.content
+        return content[: stop - start] if response.status_code == 206 else content[start:stop]
+
+    def get(self, files: Sequence[str], shown: bool) -> None:
+        """Fetch files into the cache."""
+        missing = [file for file in files if not (self.folder / file).is_file()]
+        if not missing:
+            return
+        with _bars(self.hub, shown), ThreadPoolExecutor(_AT_ONCE) as pool:
+            problems = [problem for problem in pool.map(self._try, missing) if problem is not None]
+        if problems:
+            raise CheckpointError(*problems)
+
+    def _try(self, file: str) -> Problem | None:
+        try:
+            self.api.hf_hub_download(self.repo, file, revision=self.commit)
+        except Exception as error:
+            return _problem(f"{self.name}/{file}", error)
+        return None
+
+    def fetch(self, file: str, revision: str | None) -> None:
+        """Fetch one file by the name of its revision; if that fails, the file will be asked for again."""
+        with _bars(self.hub, False), contextlib.suppress(Exception):
+            self.api.hf_hub_download(self.repo, file, revision=revision)
+
+
+def _snapshots(hub: ModuleType, repo: str) -> Path:
+    return Path(hub.constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
+
+
+def _cached(hub: ModuleType, repo: str, revision: str | None) -> Path | None:
+    """The folder in the cache of a revision that was fetched before."""
+    snapshots = _snapshots(hub, repo)
+    ref = snapshots.parent / "refs" / (revision or "main")
+    folder = snapshots / (ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision or "main")
+    return folder if folder.is_dir() else None
+
+
+@contextlib.contextmanager
+def _bars(hub: ModuleType, shown: bool) -> Iterator[None]:
+    """Off a terminal, and for small files, without the hub's own progress bars."""
+    if (shown and sys.stderr.isatty()) or hub.utils.are_progress_bars_disabled():
+        yield
+        return
+    hub.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub.utils.enable_progress_bars()
+
+
+def _kinds(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _problem(name: str, error: Exception) -> Problem:
+    """What a hub's client raised, in our words."""
+    kinds, code = _kinds(error), getattr(getattr(error, "response", None), "status_code", None)
+    if "GatedRepoError" in kinds:
+        return Problem(name, "is gated on the hub", f"ask for access on its page, and {_TOKEN}")
+    if "RepositoryNotFoundError" in kinds or code in (401, 403):
+        wrong = "is no file or folder here, and no model on the hub that you may read"
+        return Problem(name, wrong, f"check the name, {_LOCAL}, or for a private model {_TOKEN}")
+    if "RevisionNotFoundError" in kinds:
+        return Problem(name, "has no such revision on the hub", "give a branch, tag or commit that it has")
+    if "HFValidationError" in kinds:
+        return Problem(name, "is no file or folder here, and can't be a hub id", f"{_LOCAL}, or owner/name")
+    reason = str(error).strip().partition("\n")[0][:200]
+    if code is None and kinds & {"ConnectionError", "OfflineModeIsEnabled", "TransportError", "Timeout", "TimeoutError"}:
+        wrong = f"is no file or folder here, nor in the hub's cache, and the hub can't be reached ({reason})"
+        return Problem(name, wrong, f"{_LOCAL}, or run again with a network")
+    return Problem(name, f"can't be fetched from the hub ({type(error).__name__}: {reason})", f"{_LOCAL}, or try again later")
