@@ -93,6 +93,12 @@ class ShardWriter:
         self._files.clear()
 
 
+def count_files(specs: Mapping[str, TensorSpec], stems: Mapping[str, str] | None = None, shard: int = SHARD) -> int:
+    """How many files of weights a `ShardWriter` writes."""
+    parts = split(list(specs), stems or {"": "model"})
+    return sum(len(_groups({name: specs[name] for name in names}, shard)) for _, _, names in parts)
+
+
 def _groups(specs: Mapping[str, TensorSpec], shard: int) -> list[list[str]]:
     """The tensors of each file, in order; one that is larger than a shard is alone."""
     groups: list[list[str]] = [[]]
