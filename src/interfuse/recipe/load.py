@@ -79,7 +79,7 @@ def _checked(source: Any, further: Callable[[Recipe], list[Problem]]) -> tuple[R
         raw: list[Any] = [source]
         folder = Path.cwd()
     elif isinstance(source, str | Path):
-        raw, folder = _parse(Path(source)), Path(source).resolve().parent
+        raw, folder = parse_recipes(Path(source)), Path(source).resolve().parent
     else:
         raw, folder = copy.deepcopy([source] if isinstance(source, Mapping) else list(source)), Path.cwd()
     recipes: list[Recipe] = []
@@ -191,7 +191,7 @@ def read_yaml(text: str | bytes) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def _parse(path: Path) -> list[dict[str, Any]]:
+def parse_recipes(path: Path) -> list[dict[str, Any]]:
     """The documents of a YAML file; empty ones, as behind a last `---`, don't count."""
     try:
         documents = list(yaml.load_all(path.read_bytes(), Loader=_Loader))
