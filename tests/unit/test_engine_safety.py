@@ -109,7 +109,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(models: Path
 
 def test_a_journal_is_not_believed(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = ties(models, "whole")
-    monkeypatch.setattr("interfuse.engine.folder._read_back", _interrupt)
+    monkeypatch.setattr("interfuse.engine.folder._checked", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         ties(models)
     monkeypatch.undo()
@@ -150,3 +150,19 @@ def test_nan_in_a_model_is_named_even_where_a_trim_drops_it(method: str, options
     ancestor = None if method in ("linear", "karcher") else base
     with pytest.raises(CheckpointError, match=r"models\[1\] \(dict\): tensor 'w': holds NaN or infinite values"):
         merge(method, [good, bad], base=ancestor, **options)
+
+
+def test_what_the_disk_changed_is_noticed(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.pwrite
+
+    def spoil(handle: int, data: memoryview, offset: int) -> int:
+        bytes_ = bytearray(data)
+        if len(bytes_) > 1000 and offset > 100_000:
+            bytes_[17] ^= 4
+        return write(handle, bytes_, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", spoil)
+        with pytest.raises(CheckpointError, match=r"tensor 'layers\.\d+\.w': reads back otherwise than it was written"):
+            ties(models)
+    assert not (models / "out").exists()

@@ -1,4 +1,4 @@
-"""Where a tensor's elements are: mapped from a file, in memory, or computed when asked for. Not what they mean.
+"""Where a tensor's elements are: in a file, in memory, or computed when asked for. Not what they mean.
 
 A place gives any run of its tensor's elements, to several threads at once; a model that is patched while it is read (an
 adapter, another vocabulary) is a checkpoint with other places.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -42,17 +43,23 @@ class File(Protocol):
     def view(self, offset: int, nbytes: int) -> np.ndarray:
         """`nbytes` of the file from `offset` on, as bytes that are mapped, not copied."""
 
+    def fill(self, room: np.ndarray, offset: int) -> None:
+        """Read the file from `offset` on into an array."""
+
 
 class MappedFile:
-    """A file that is mapped when it is first read, and that notices when it has been changed since it was opened.
+    """A file that is opened when it is first read, and that notices when it has been changed since then.
 
-    A class, because many tensors share one mapping. A change is a `CheckpointError`; so is a file that can't be read.
+    It is mapped for who wants a view; who has room for a block has it filled, which costs no page faults and survives a
+    file that is cut short meanwhile. A class, because many tensors share one file. A change is a `CheckpointError`; so is
+    a file that can't be read.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._known = _state(path)
         self._bytes: np.ndarray | None = None
+        self._handle = -1
         self._lock = threading.Lock()
 
     def state(self) -> tuple[str, int, int]:
@@ -74,6 +81,29 @@ class MappedFile:
                     self._bytes = _map(self.path)
         return self._bytes[offset : offset + nbytes]
 
+    def fill(self, room: np.ndarray, offset: int) -> None:
+        """Read the file from `offset` on into an array."""
+        if self._handle < 0:
+            self._open()
+        try:
+            got = os.preadv(self._handle, [room.data], offset)
+        except OSError as error:
+            raise CheckpointError(Problem(str(self.path), f"can't be read: {error.strerror}", "check the disk")) from None
+        if got != room.nbytes:
+            self.check()
+            raise CheckpointError(Problem(str(self.path), f"can't be read at byte {offset + got}", "get the file again"))
+
+    def _open(self) -> None:
+        with self._lock:
+            if self._handle < 0:
+                try:
+                    handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise CheckpointError(Problem(str(self.path), f"can't be read: {error.strerror}")) from None
+                weakref.finalize(self, os.close, handle)
+                self._handle = handle
+                self.check()
+
 
 class Stored(NamedTuple):
     """A tensor in a file: its bytes begin at `offset`."""
@@ -81,6 +111,11 @@ class Stored(NamedTuple):
     file: File
     offset: int
     spec: TensorSpec
+
+    def fill(self, room: np.ndarray, start: int) -> np.ndarray:
+        """`room`, with as many elements in it as it holds, from `start` on."""
+        self.file.fill(room, self.offset + start * room.itemsize)
+        return room
 
     def block(self, start: int, stop: int) -> np.ndarray:
         """Elements `start` to `stop`, mapped; copied only where the file has them at an odd address."""

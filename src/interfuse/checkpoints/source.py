@@ -9,6 +9,7 @@ looks at what a tensor means.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,8 +28,8 @@ from interfuse.errors import CheckpointError, Problem
 if TYPE_CHECKING:
     import torch
 
-#: Elements a block has: the unit in which everything is streamed.
-BLOCK = 2**20
+#: Elements a block has at most: the unit in which everything is streamed, so small that a few stay in a core's cache.
+BLOCK = 2**17
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ class Checkpoint:
     was opened, with its side files (None for a single file and in memory). `declared` has the types of tensors that are
     computed in another one than the model has them in, and `within` the checkpoints that such tensors are computed from.
     `stems` says what an output's file is called, for each sub-folder that is merged with the rest (`unet/`). A model that
-    isn't on this machine has a `store`.
+    isn't on this machine has a `store`. `beside` are small files that it has otherwise than its folder (None: hasn't).
     """
 
     name: str
@@ -50,12 +51,17 @@ class Checkpoint:
     within: tuple[Checkpoint, ...] = ()
     stems: Mapping[str, str] = field(default_factory=lambda: {"": "model"})
     store: Store | None = None
+    beside: Mapping[str, bytes | None] = field(default_factory=dict)
 
-    def block(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements `start` to `stop` in row-major order, flat, in the storage type; don't write to it. Thread-safe."""
+    def block(self, name: str, start: int, stop: int, room: np.ndarray | None = None) -> np.ndarray:
+        """Elements `start` to `stop` in row-major order, flat, in the storage type; don't write to it. Thread-safe.
+
+        `room`, of that size and type, is where they may be put if they'd have to be copied.
+        """
         if start >= stop:
             return np.empty(0, self.specs[name].storage)
-        return self.places[name].block(start, stop)
+        place = self.places[name]
+        return place.fill(room, start) if room is not None and isinstance(place, Stored) else place.block(start, stop)
 
     def read(self, name: str) -> np.ndarray:
         """The whole tensor in its storage type (BF16 as `uint16`), mapped or shared where possible; don't write to it."""
@@ -63,10 +69,9 @@ class Checkpoint:
         return self.block(name, 0, spec.count).reshape(spec.shape)
 
     def blocks(self, name: str, size: int = BLOCK) -> Iterator[np.ndarray]:
-        """The tensor's elements in row-major order, `size` at a time."""
-        count = self.specs[name].count
-        for start in range(0, count, size):
-            yield self.block(name, start, min(start + size, count))
+        """The tensor's elements in row-major order, in its `spans`."""
+        for start, stop in spans(self.specs[name].shape, size):
+            yield self.block(name, start, stop)
 
     def position(self, name: str) -> tuple[str, int]:
         """The file and the byte where a tensor begins: what is read in this order is read as the disk has it."""
@@ -83,25 +88,48 @@ class Checkpoint:
 
     def hash(self) -> str:
         """The XXH3 of all names, types, shapes and bytes: equal tensors, equal hash, however they are stored."""
-        return hash_of({name: (spec, map(hash_block, self.blocks(name))) for name, spec in self.specs.items()})
+        return hash_of({name: (spec, hash_blocks(map(hash_block, self.blocks(name)))) for name, spec in self.specs.items()})
+
+
+def spans(shape: Sequence[int], size: int = BLOCK) -> list[tuple[int, int]]:
+    """Where the blocks of a tensor begin and end, which it is streamed and hashed in.
+
+    Each has as many whole slices along the first axis as fit, else along the next, and so on; a row that is longer than a
+    block is cut in pieces of its own.
+    """
+    count, row = math.prod(shape), shape[-1] if shape else 1
+    if row > size:
+        ends = [(at, at + row) for at in range(0, count, row)]
+        return [(start, min(start + size, end)) for at, end in ends for start in range(at, end, size)]
+    width = 1
+    for length in reversed(shape):
+        if width * length > size:
+            break
+        width *= max(length, 1)
+    step = size // width * width
+    return [(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def hash_block(block: np.ndarray) -> bytes:
-    """The 128-bit XXH3 of a block's bytes; a tensor is hashed in blocks of `BLOCK` elements."""
-    return xxhash.xxh3_128_digest(np.ascontiguousarray(block).view(np.uint8).data)
+    """The 128-bit XXH3 of a block's bytes."""
+    return xxhash.xxh3_128_digest(block.data if block.flags.c_contiguous else np.ascontiguousarray(block).data)
 
 
-def hash_of(tensors: Mapping[str, tuple[TensorSpec, Iterable[bytes]]]) -> str:
-    """The hash of a checkpoint from its tensors' specs and the hashes of their blocks: 32 hexadecimal digits.
+def hash_blocks(blocks: Iterable[bytes]) -> bytes:
+    """The hash of a tensor from those of its blocks, in order, which are its `spans`."""
+    return xxhash.xxh3_128_digest(b"".join(blocks))
+
+
+def hash_of(tensors: Mapping[str, tuple[TensorSpec, bytes]]) -> str:
+    """The hash of a checkpoint from its tensors' specs and hashes: 32 hexadecimal digits.
 
     It tells changed or damaged files; it isn't made to withstand someone who forges them.
     """
     digest = xxhash.xxh3_128()
     for name in sorted(tensors):
-        spec, blocks = tensors[name]
+        spec, own = tensors[name]
         digest.update(json.dumps([name, spec.dtype, spec.shape]).encode())
-        for block in blocks:
-            digest.update(block)
+        digest.update(own)
     return digest.hexdigest()
 
 

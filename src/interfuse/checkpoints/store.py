@@ -72,6 +72,10 @@ class RemoteFile:
         """`nbytes` of the file from `offset` on, mapped."""
         return self._fetched().view(offset, nbytes)
 
+    def fill(self, room: np.ndarray, offset: int) -> None:
+        """Read the file from `offset` on into an array."""
+        self._fetched().fill(room, offset)
+
     def _fetched(self) -> MappedFile:
         if self._here is None:
             with self._lock:

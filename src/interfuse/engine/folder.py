@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 
 import interfuse
-from interfuse.checkpoints.config import output_config
+from interfuse.checkpoints.config import changed, output_config
 from interfuse.checkpoints.folders import TORCH, is_weights, split
 from interfuse.checkpoints.layers import find_layers
 from interfuse.checkpoints.numbers import FLOATS
 from interfuse.checkpoints.remote import OTHER_FORMS
 from interfuse.checkpoints.shards import ShardWriter
-from interfuse.checkpoints.source import Checkpoint, hash_block, hash_of, open_folder
+from interfuse.checkpoints.source import Checkpoint, hash_of, open_folder
+from interfuse.checkpoints.tokenizer import decode, encode
 from interfuse.engine.journal import Journal
 from interfuse.engine.local import execute
 from interfuse.engine.merging import Merging
 from interfuse.engine.opening import fetch
-from interfuse.engine.reading import ranges_of
 from interfuse.errors import CheckpointError, Problem
 from interfuse.plan import Plan, config_of
 from interfuse.registry import find
@@ -65,34 +65,26 @@ def merge_into(
             done=journal.note, skip=lambda output: output.name in journal.done,
         )  # fmt: skip
     journal.restore(merging)
-    output_hash = _read_back(folder, plan, merging, stems)
+    output_hash = _checked(folder, plan, merging, stems)
     journal.close()
     left_out = _copy_side_files(lead.folder, folder, list(stems)) if lead.folder else []
-    notes = _set_config(folder / "config.json", plan, sources)
+    beside, notes = files_beside(plan, sources)
+    _put(folder, beside)
     made = provenance(plan, sources, merging, recipes)
     record = {**made, "notes": [*made["notes"], *notes], "output": output_hash, "left_out": left_out}
     (folder / "interfuse.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return record
 
 
-def _read_back(folder: Path, plan: Plan, merging: Merging, stems: Mapping[str, str]) -> str:
-    """Compare the files with what was meant to be in them: names, types, shapes, and every block's hash; the whole hash."""
-    there = open_folder(folder, stems=stems)
-    wrong = [name for name, spec in plan.specs.items() if there.specs.get(name) != spec]
-    wrong += [name for name in there.specs if name not in plan.specs]
-    blocks: dict[str, list[bytes]] = {}
-    for name, spec in there.specs.items():
-        written = merging.written.get(name, {})
-        found = {span: hash_block(there.block(name, *span)) for span in sorted(written)}
-        if found != written or sum(stop - start for start, stop in written) != spec.count:
-            wrong.append(name)
-        usual = ranges_of(spec.count)
-        same = list(found) == usual
-        blocks[name] = [found[span] if same else hash_block(there.block(name, *span)) for span in usual]
+def _checked(folder: Path, plan: Plan, merging: Merging, stems: Mapping[str, str]) -> str:
+    """The output's hash. Its tensors have been read back; its headers are here."""
+    there = open_folder(folder, stems=stems).specs
+    wrong = [name for name, spec in plan.specs.items() if there.get(name) != spec or name not in merging.written]
+    wrong += [name for name in there if name not in plan.specs]
     if wrong:
-        shown = ", ".join(map(repr, list(dict.fromkeys(wrong))[:5]))
+        shown = ", ".join(map(repr, wrong[:5]))
         raise CheckpointError(Problem(str(folder), f"reads back otherwise than it was written: {shown}", "check the disk"))
-    return hash_of({name: (spec, blocks[name]) for name, spec in there.specs.items()})
+    return hash_of({name: (spec, merging.written[name]) for name, spec in there.items()})
 
 
 def provenance(
@@ -119,8 +111,7 @@ def provenance(
 
 def read_hash(source: Checkpoint, number: int, merging: Merging) -> str:
     """The hash of what was read of a source: of all of it where nothing was left out."""
-    names = [name for i, name in merging.read if i == number]
-    read = {name: (source.specs[name], [block for _, block in sorted(merging.read[number, name].items())]) for name in names}
+    read = {name: (source.specs[name], found) for (i, name), found in merging.read.items() if i == number}
     return hash_of(read)
 
 
@@ -160,23 +151,39 @@ def _copy_folder(source: Path, folder: Path, merged: Sequence[str]) -> list[str]
     return left_out
 
 
-def _set_config(path: Path, plan: Plan, sources: Sequence[Checkpoint]) -> list[str]:
-    """Count the output's layers in its config, rebuild what is listed for each, and say its type; what is to be noted.
+def files_beside(plan: Plan, sources: Sequence[Checkpoint]) -> tuple[dict[str, bytes | None], list[str]]:
+    """The small files that the output has otherwise than the lead's folder (None: hasn't), and what is to be noted.
 
-    A config of which nothing changes stays as it is, to the byte.
+    The config has the output's layers, what is listed for each, its rows, its type; one of which nothing changes stays as it
+    is, to the byte.
     """
+    wording, lead = plan.wording, sources[plan.lead]
+    files = {**lead.beside, **(wording.files if wording else {})}
     configs = [config_of(source) for source in sources]
-    config = configs[plan.lead]
-    if not path.is_file() or config is None:
-        return []
-    stored = list(dict.fromkeys(output.spec.dtype for output in plan.outputs if output.how == "merge"))
-    dtype = next((name for name, kind in FLOATS.items() if [kind] == stored), None)
-    before = {stack.head: stack.count for stack in find_layers(sources[plan.lead].specs).stacks}
-    layers = {head: picks for head, picks in plan.layers if before.get(head, len(picks)) != len(picks) or _moved(picks, plan)}
-    made, notes = output_config(configs, plan.lead, layers, before, dtype=dtype)
-    if made != config:
-        path.write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return notes
+    config, notes = configs[plan.lead], []
+    if config is not None:
+        stored = list(dict.fromkeys(output.spec.dtype for output in plan.outputs if output.how == "merge"))
+        dtype = next((name for name, kind in FLOATS.items() if [kind] == stored), None)
+        before = {stack.head: stack.count for stack in find_layers(lead.specs).stacks}
+        layers = {h: picks for h, picks in plan.layers if before.get(h, len(picks)) != len(picks) or _moved(picks, plan)}
+        rows = wording.rows if wording else None
+        made, notes = output_config(configs, plan.lead, layers, before, vocabulary=rows, dtype=dtype)
+        made = changed(made, wording.changes.get("config.json", {})) if wording else made
+        files |= {"config.json": encode(made)} if made != config else {}
+    other = "generation_config.json"
+    if wording and other in wording.changes and lead.folder is not None:
+        home = {other: lead.beside.get(other) or (lead.folder / other).read_bytes()}
+        files[other] = encode(changed(decode(home, other, lead.name), wording.changes[other]))
+    return files, notes
+
+
+def _put(folder: Path, files: Mapping[str, bytes | None]) -> None:
+    for name, content in files.items():
+        if content is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
 
 
 def _moved(picks: Sequence[tuple[int, int]], plan: Plan) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from interfuse.checkpoints.source import Checkpoint, hash_block, open_folder
+from interfuse.checkpoints.source import Checkpoint, hash_block, hash_blocks, open_folder
 from interfuse.engine.merging import Merging
 from interfuse.errors import UserError
 from interfuse.plan import Output, Plan
@@ -37,17 +37,15 @@ class Journal:
         """Write down that a tensor is done; one with something wrong isn't."""
         if merging.nonfinite or merging.refused:
             return
-        written = [[start, stop, block.hex()] for (start, stop), block in merging.written.get(output.name, {}).items()]
         keys = [(read.source, read.name) for read in output.reads]
-        read = [[*key, [[at, block.hex()] for at, block in merging.read.get(key, {}).items()]] for key in keys]
-        self._add(json.dumps({"tensor": output.name, "written": written, "read": read}))
+        read = [[*key, merging.read[key].hex()] for key in keys if key in merging.read]
+        self._add(json.dumps({"tensor": output.name, "written": merging.written[output.name].hex(), "read": read}))
 
     def restore(self, merging: Merging) -> None:
         """Put the hashes of what is done already with those of this run."""
         for name, line in self.done.items():
-            merging.written[name] = {(start, stop): bytes.fromhex(block) for start, stop, block in line["written"]}
-            for source, tensor, blocks in line["read"]:
-                merging.read.setdefault((source, tensor), {}).update({at: bytes.fromhex(block) for at, block in blocks})
+            merging.written[name] = bytes.fromhex(line["written"])
+            merging.read.update({(source, tensor): bytes.fromhex(found) for source, tensor, found in line["read"]})
 
     def close(self) -> None:
         """Close the file, and remove it: what is whole needs no journal."""
@@ -71,7 +69,7 @@ class Journal:
             try:
                 line = json.loads(text)
                 name, written = line.pop("tensor"), line["written"]
-                whole = all(hash_block(there.block(name, start, stop)).hex() == block for start, stop, block in written)
+                whole = hash_blocks(map(hash_block, there.blocks(name))).hex() == written
             except (ValueError, KeyError, TypeError):
                 continue  # the line that the end cut short
             if whole:

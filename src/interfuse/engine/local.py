@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 from interfuse.checkpoints.source import Checkpoint
+from interfuse.engine.global_trim import global_cuts
 from interfuse.engine.merging import Merging, Sink
 from interfuse.engine.outputs import job
 from interfuse.engine.scheduler import Job, run_jobs
@@ -46,8 +47,11 @@ def execute(
         for output in track(waiting, "merging", len(waiting), shown=progress):
             yield _whole(output, merging, done)
 
+    count = threads or len(os.sched_getaffinity(0))
     with _one_blas_thread(plan):
-        run_jobs(jobs(), threads or len(os.sched_getaffinity(0)))
+        if waiting:
+            merging.cuts = global_cuts(plan.outputs, sources, count)
+        run_jobs(jobs(), count)
     for source in sources:
         for file in source.files():
             file.check()
@@ -64,6 +68,7 @@ def execute(
 
 def _whole(output: Output, merging: Merging, done: Callable[[Output, Merging], None] | None) -> Job:
     yield from job(output, merging)
+    yield from merging.read_back(output)
     if done is not None:
         done(output, merging)
 

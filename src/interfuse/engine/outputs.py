@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from interfuse.checkpoints.numbers import narrow, nonfinite, widen
-from interfuse.checkpoints.source import hash_block
 from interfuse.engine import kernels, rules, streamed
 from interfuse.engine.kernels import KINDS, ZERO
-from interfuse.engine.merging import Merging, limit_of
-from interfuse.engine.reading import Reader, ranges_of
+from interfuse.engine.merging import Merging, limit_of, noted
+from interfuse.engine.reading import Reader
 from interfuse.engine.scheduler import Job, Phase, Scratch
 from interfuse.errors import Problem
 from interfuse.methods.forms import Combination
@@ -40,29 +39,29 @@ def job(output: Output, merging: Merging) -> Job:
 
 def _integers(output: Output, merging: Merging) -> Job:
     """The first input's integers, which must be all others' too, or the largest at each place."""
-    reads = [(merging.sources[read.source], read.name, (read.source, read.name)) for read in output.reads]
-    first = reads[0]
+    reader = Reader(output, merging.sources, output.inputs, output.base)
 
     def task(start: int, stop: int, scratch: Scratch) -> list[int]:
-        raws = [checkpoint.block(name, start, stop) for checkpoint, name, _ in reads]
-        for (_, _, key), raw in zip(reads, raws, strict=True):
-            merging.read.setdefault(key, {})[start] = hash_block(raw)
+        _, raws = reader.block(start, stop, scratch)
+        reader.hash(start, raws)
         result = np.maximum.reduce(raws) if output.how == "largest" else raws[0]
         merging.put(output, start, result)
         return [0 if output.how == "largest" else int(np.count_nonzero(raw != raws[0])) for raw in raws]
 
-    differing = yield Phase(task, ranges_of(output.spec.count))
-    for (checkpoint, name, _), count in zip(reads, map(sum, zip(*differing, strict=True)), strict=True):
+    differing = yield Phase(task, reader.ranges)
+    for number, count in enumerate(map(sum, zip(*differing, strict=True))):
         if count:
+            checkpoint, name = reader.name_of(number)
             wrong = f"tensor {name!r} differs in {count} of {output.spec.count} values"
-            allowed = f"integers can't be averaged: they must be those of {first[0].name}, or name the tensor under `keep`"
-            merging.refused.append(Problem(checkpoint.name, wrong, allowed))
+            first = reader.name_of(0)[0]
+            allowed = f"integers can't be averaged: they must be those of {first}, or name the tensor under `keep`"
+            merging.refused.append(Problem(checkpoint, wrong, allowed))
+    yield from noted(reader, merging)
 
 
 def _combined(output: Output, call: Call, merging: Merging) -> Job:
     """A linear combination: its coefficients are in the plan, or follow from the Gram matrix of a first pass."""
     combination = call.made
-    hashed = False
     if combination is None:
         method = find(call.method, "weights")
         axis = AXIS[call.method](dict(call.options)) if call.method in AXIS and len(output.spec.shape) > 1 else None
@@ -71,9 +70,8 @@ def _combined(output: Output, call: Call, merging: Merging) -> Job:
             return
         gram = yield from _gram(output, method, merging)
         combination = method.make(call.weights, gram, **dict(call.options))
-        hashed = True
     assert isinstance(combination, Combination)
-    yield from _sum(output, combination, merging, hashed)
+    yield from _sum(output, combination, merging)
 
 
 def _gram(output: Output, method: Method, merging: Merging) -> Any:
@@ -83,17 +81,18 @@ def _gram(output: Output, method: Method, merging: Merging) -> Any:
     reader = Reader(output, merging.sources, inputs, output.base if deltas else None)
 
     def task(start: int, stop: int, scratch: Scratch) -> np.ndarray:
-        addresses, raws = reader.block(start, stop)
-        reader.hash(start, raws, merging.read)
+        addresses, raws = reader.block(start, stop, scratch)
+        reader.hash(start, raws)
         part: np.ndarray = np.zeros((reader.models, reader.models))
         kernels.gram(addresses, reader.kinds, stop - start, part, scratch.work(reader.wide, reader.models))
         return part
 
     parts = yield Phase(task, reader.ranges)
+    yield from noted(reader, merging)
     return sum(parts, np.zeros((reader.models, reader.models)))
 
 
-def _sum(output: Output, combination: Combination, merging: Merging, hashed: bool) -> Job:
+def _sum(output: Output, combination: Combination, merging: Merging) -> Job:
     shares: list[tuple[Input, Any]] = list(zip(output.inputs, combination.models, strict=True))
     if output.base is not None:
         shares.insert(0, (output.base, combination.base))
@@ -107,9 +106,9 @@ def _sum(output: Output, combination: Combination, merging: Merging, hashed: boo
     limit = limit_of(output.spec.dtype, reader.wide)
 
     def task(start: int, stop: int, scratch: Scratch) -> None:
-        addresses, raws = reader.block(start, stop)
-        if not hashed:
-            reader.hash(start, raws, merging.read)
+        addresses, raws = reader.block(start, stop, scratch)
+        if unknown:
+            reader.hash(start, raws)
         n, out = stop - start, scratch.buffer("out", output.spec.storage, stop - start)
         work = scratch.work(reader.wide, 0)
         wanted = addresses[1:] if terms else addresses
@@ -119,7 +118,10 @@ def _sum(output: Output, combination: Combination, merging: Merging, hashed: boo
             merging.look(output, reader, raws, _directly(out, raws, specs, coefficients, reader.wide, output.spec.dtype))
         merging.put(output, start, out)
 
+    unknown = any((read.source, read.name) not in merging.read for read, _ in terms)  # what a pass for sums has hashed
     yield Phase(task, reader.ranges)
+    if unknown:
+        yield from noted(reader, merging)
 
 
 def _directly(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -12,8 +13,8 @@ import xxhash
 from interfuse.checkpoints.source import BLOCK
 from interfuse.engine import ranking, selection, trimming
 from interfuse.engine.kernels import KINDS
-from interfuse.engine.merging import Merging, hashing, limit_of, reader_of
-from interfuse.engine.reading import Reader, ranges_of
+from interfuse.engine.merging import Merging, limit_of, noted, reader_of
+from interfuse.engine.reading import Reader
 from interfuse.engine.scheduler import Job, Phase, Scratch
 from interfuse.engine.trimming import ALL, BAND, RANDOM, SHARED, Trimming, Voting
 from interfuse.methods.forms import Rule, Trim
@@ -28,10 +29,9 @@ def job(output: Output, call: Call, merging: Merging) -> Job:
     assert isinstance(rule, Rule)
     keys = keys_of(merging.seed, output.name, reader.models)
     if rule.trim.how == "ranked":
-        yield hashing(reader, merging)
         yield from _ranked(output, rule, reader, keys, merging)
         return
-    trimming_ = yield from _trimming(rule.trim, reader, keys)
+    trimming_ = yield from _trimming(rule.trim, reader, keys, merging.cuts.get(output.name))
     norms = None
     if rule.energy or rule.trim.rescale == "l1":
         norms = yield from _norms(reader, trimming_)
@@ -39,8 +39,8 @@ def job(output: Output, call: Call, merging: Merging) -> Job:
     limit, kind = limit_of(output.spec.dtype, reader.wide), KINDS[output.spec.dtype]
 
     def task(start: int, stop: int, scratch: Scratch) -> None:
-        addresses, raws = reader.block(start, stop)
-        reader.hash(start, raws, merging.read)
+        addresses, raws = reader.block(start, stop, scratch)
+        reader.hash(start, raws)
         out = scratch.buffer("out", output.spec.storage, stop - start)
         target, work = np.uint64(out.__array_interface__["data"][0]), scratch.work(reader.wide, reader.models)
         if not trimming.merge_rule(
@@ -50,6 +50,7 @@ def job(output: Output, call: Call, merging: Merging) -> Job:
         merging.put(output, start, out)
 
     yield Phase(task, reader.ranges)
+    yield from noted(reader, merging)
 
 
 def keys_of(seed: int, name: str, models: int) -> np.ndarray:
@@ -63,12 +64,17 @@ def kept(density: float, count: int) -> int:
     return min(count, max(1, math.floor(density * count))) if density > 0 else 0
 
 
-def _trimming(trim: Trim, reader: Reader, keys: np.ndarray) -> Generator[Phase, list[Any], Trimming]:
+def _trimming(
+    trim: Trim, reader: Reader, keys: np.ndarray, known: Sequence[selection.Cut] | None
+) -> Generator[Phase, list[Any], Trimming]:
+    """How the kernels trim; `known` are cuts that are over more than this tensor."""
     models, count, wide = reader.models, reader.count, reader.wide
     how = _HOW[trim.how]
     lows = highs = [selection.Cut(-1.0, 0)] * models
     highs = [selection.Cut(math.inf, 0)] * models
-    if trim.how == "largest" and not all(density >= 1 for density in trim.density):
+    if known is not None:
+        lows = list(known)
+    elif trim.how == "largest" and not all(density >= 1 for density in trim.density):
         targets = [kept(density, count) if density < 1 else count for density in trim.density]
         tops = trim.skip or (0.0,) * models
         skips = [min(math.floor(top * count), count - target) for top, target in zip(tops, targets, strict=True)]
@@ -92,7 +98,7 @@ def _trimming(trim: Trim, reader: Reader, keys: np.ndarray) -> Generator[Phase, 
 
 def _norms(reader: Reader, trimming_: Trimming) -> Generator[Phase, list[Any], np.ndarray]:
     def task(start: int, stop: int, scratch: Scratch) -> np.ndarray:
-        addresses, _ = reader.block(start, stop)
+        addresses, _raws = reader.block(start, stop, scratch)
         part: np.ndarray = np.zeros((reader.models, 3))
         trimming.norms(
             addresses, reader.kinds, start, stop - start, trimming_, part, scratch.work(reader.wide, reader.models)
@@ -139,19 +145,19 @@ class _Ranks:
 
     def prepare(self) -> Generator[Phase, list[Any], None]:
         """Count the ranks of rows that are longer than a block."""
-        width, count = self.width, self.reader.count
-        if width <= BLOCK:
-            self.tables = dict.fromkeys(ranges_of(count, max(1, BLOCK // width) * width))
+        self.tables = dict.fromkeys(self.reader.ranges)
+        if self.width <= BLOCK:
             return
-        for row in range(0, count, width):
-            spans = [(row + a, row + b) for a, b in ranges_of(width)]
-            table = yield from _table(self.reader, spans, width, self.densities, self.spreads)
-            self.tables.update(dict.fromkeys(spans, table))
+        for _, spans in itertools.groupby(self.tables, lambda span: span[0] // self.width):
+            row = list(spans)
+            self.tables.update(
+                dict.fromkeys(row, (yield from _table(self.reader, row, self.width, self.densities, self.spreads)))
+            )
 
     def run(self, kernel: Any, start: int, stop: int, scratch: Scratch, *rest: Any) -> tuple[Any, list[np.ndarray]]:
         """Run one of `ranking`'s kernels over a block."""
         reader, table = self.reader, self.tables[start, stop]
-        addresses, raws = reader.block(start, stop)
+        addresses, raws = reader.block(start, stop, scratch)
         whole = table is not None
         buckets = ranking.BUCKETS if whole else ranking.ROW_BUCKETS
         counts = scratch.buffer("counts", np.int32, buckets, reader.models)
@@ -185,11 +191,13 @@ def _ranked(output: Output, rule: Rule, reader: Reader, keys: np.ndarray, mergin
         out = scratch.buffer("out", output.spec.storage, stop - start)
         target = np.uint64(out.__array_interface__["data"][0])
         finite, raws = ranks.run(ranking.merge_ranked, start, stop, scratch, voting, target, kind, limit)
+        reader.hash(start, raws)
         if not finite:
             merging.look(output, reader, raws, 1)
         merging.put(output, start, out)
 
-    yield Phase(task, list(ranks.tables))
+    yield Phase(task, reader.ranges)
+    yield from noted(reader, merging)
 
 
 def _table(
@@ -199,7 +207,7 @@ def _table(
     lowest: np.ndarray = np.zeros(reader.models, np.int32)
 
     def task(start: int, stop: int, scratch: Scratch) -> np.ndarray:
-        addresses, _ = reader.block(start, stop)
+        addresses, _raws = reader.block(start, stop, scratch)
         counts: np.ndarray = np.zeros((reader.models, ranking.BUCKETS), np.int32)
         work = scratch.work(reader.wide, reader.models)
         ranking.count_ranks(addresses, reader.kinds, 0, stop - start, lowest, counts, work)

@@ -109,7 +109,7 @@ def _count(
     """For each block the counts `[C, 4]` of `trimming.count`, and each channel's magnitudes within its bracket."""
 
     def task(start: int, stop: int, scratch: Scratch) -> tuple[np.ndarray, list[np.ndarray]]:
-        addresses, _ = reader.block(start, stop)
+        addresses, _raws = reader.block(start, stop, scratch)
         inside = scratch.buffer("inside", reader.wide, _ROOM, len(models))
         found: np.ndarray = np.zeros((len(models), 4), np.int64)
         work = scratch.work(reader.wide, reader.models)
@@ -156,7 +156,7 @@ def _end(
         block += 1
 
     def task(start: int, stop: int, scratch: Scratch) -> int:
-        addresses, _ = reader.block(start, stop)
+        addresses, _raws = reader.block(start, stop, scratch)
         work, sought = scratch.work(reader.wide, reader.models), reader.wide(value)
         return start + trimming.locate(addresses, reader.kinds, stop - start, shared, model, sought, keep - before, work)
 
@@ -172,7 +172,7 @@ def _by_histogram(reader: Reader, models: np.ndarray, keep: Sequence[int], share
     for shift in range(bits - _WIDTH, -1, -_WIDTH):
 
         def task(start: int, stop: int, scratch: Scratch, shift: int = shift) -> np.ndarray:
-            addresses, _ = reader.block(start, stop)
+            addresses, _raws = reader.block(start, stop, scratch)
             counts: np.ndarray = np.zeros((len(models), 1 << _WIDTH), np.int64)
             work = scratch.work(reader.wide, reader.models)
             n = stop - start

@@ -13,8 +13,8 @@ import numpy as np
 
 from interfuse.checkpoints.numbers import narrow, nonfinite, widen
 from interfuse.checkpoints.source import BLOCK
-from interfuse.engine.merging import Merging, hashing, reader_of
-from interfuse.engine.reading import Reader, ranges_of
+from interfuse.engine.merging import Merging, noted, reader_of
+from interfuse.engine.reading import Reader
 from interfuse.engine.rules import keys_of
 from interfuse.engine.scheduler import Job, Phase, Scratch
 from interfuse.methods.forms import Block, Combination
@@ -29,13 +29,13 @@ def job(output: Output, call: Call, merging: Merging) -> Job:
     if "seed" in options:
         drawn = int(keys_of(merging.seed, output.name, 1)[0, 0])
         options["seed"] = (options["seed"] + drawn) % 2**31
-    yield hashing(reader, merging)
     run = _blocks if call.form == "blocks" else _matrix
 
     def task(start: int, stop: int, scratch: Scratch) -> None:
         run(output, method, call.weights, options, reader, merging)
 
     yield Phase(task, [(0, reader.count)] if reader.count else [])
+    yield from noted(reader, merging)
 
 
 class _Tensor:
@@ -44,12 +44,10 @@ class _Tensor:
     def __init__(self, reader: Reader):
         self._reader = reader
         self.shape, self.models = reader.shape, reader.models
-        width = max(self.shape[-1], 1) if self.shape else 1
-        self._ranges = ranges_of(reader.count, max(1, BLOCK // width) * width if width <= BLOCK else BLOCK)
 
     def __iter__(self) -> Iterator[Block]:
         """Every block in order."""
-        for start, stop in self._ranges:
+        for start, stop in self._reader.ranges:
             values = values_of(self._reader, start, stop, np.float32)
             if self._reader.based:
                 values[1:] -= values[0]
@@ -61,6 +59,7 @@ class _Tensor:
 def values_of(reader: Reader, start: int, stop: int, kind: Any) -> np.ndarray:
     """The inputs' elements `[reads, n]` as numbers, the base's first where there is one."""
     _, raws = reader.block(start, stop)
+    reader.hash(start, raws)
     values: np.ndarray = np.empty((len(raws), stop - start), kind)
     for row, raw, spec in zip(values, raws, reader.specs, strict=True):
         widen(raw, spec.dtype, row)
@@ -114,8 +113,8 @@ def by_axis(output: Output, call: Call, method: Method, axis: int, merging: Merg
     """Coefficients for each vector along an axis of a tensor: its last (rows), or its first (columns)."""
     reader = reader_of(output, call, merging)
     width = math.prod(reader.shape[1:]) if axis == 0 else reader.shape[-1]
-    yield hashing(reader, merging)
-    spans = ranges_of(reader.count, max(1, BLOCK // max(width, 1)) * max(width, 1))
+    whole = max(1, BLOCK // max(width, 1)) * max(width, 1)
+    spans = [(start, min(start + whole, reader.count)) for start in range(0, reader.count, whole)]
     options = dict(call.options)
 
     def vectors(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -137,6 +136,7 @@ def by_axis(output: Output, call: Call, method: Method, axis: int, merging: Merg
         _put(output, start, _combine(combination, values, reader.based, rows=columns is None), reader, merging)
 
     yield Phase(task, spans)
+    yield from noted(reader, merging)
 
 
 def _combine(combination: Combination, values: np.ndarray, based: bool, *, rows: bool) -> np.ndarray:

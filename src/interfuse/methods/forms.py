@@ -62,8 +62,9 @@ class Trim(NamedTuple):
     | `ranked` | each with a probability rising with its rank in its row, density - spread to density + spread | 1/p |
     | `variance` | the `density` share of positions with the largest variance over the models | 1 |
 
-    Counts are exact and per tensor: all above the cut, and those at the cut by lowest index. `rescale` is `none`,
-    `density` (1/density, or 1/p for `ranked`), or `l1` (to the L1 norm that the delta had).
+    Counts are exact and per tensor: all above the cut, and those at the cut by lowest index. With the `scope` `global`,
+    for `largest` without `skip`, they are over all of a model's tensors that have one density, and earlier tensors come
+    first. `rescale` is `none`, `density` (1/density, or 1/p for `ranked`), or `l1` (to the L1 norm that the delta had).
     """
 
     how: Literal["all", "largest", "random", "ranked", "variance"] = "all"
@@ -71,6 +72,7 @@ class Trim(NamedTuple):
     skip: tuple[float, ...] = ()
     spread: tuple[float, ...] = ()
     rescale: Literal["none", "density", "l1"] = "none"
+    scope: Literal["tensor", "global"] = "tensor"
 
 
 class Rule(NamedTuple):

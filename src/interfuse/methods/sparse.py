@@ -27,6 +27,10 @@ Gamma = Annotated[tuple[float, ...], EACH, Field(ge=0, lt=1, description="The sh
 Epsilon = Annotated[
     tuple[float, ...], EACH, Field(ge=0, lt=0.5, description="How far chances reach below and above `density`.")
 ]
+Scope = Annotated[
+    Literal["tensor", "global"],
+    Field(description="Whether `density` counts within each tensor, or over all of a model's tensors, as in the paper."),
+]
 Top = Annotated[float, Field(ge=0, le=1, description="The share of positions, of those that vary at all, that is kept.")]
 
 
@@ -45,6 +49,7 @@ def ties(
     weights: Sequence[float],
     *,
     density: Density = (1.0,),
+    trim: Scope = "tensor",
     normalize: Normalize = True,
     rescale: ToNorm = False,
     lambda_: Scale = 1.0,
@@ -53,10 +58,12 @@ def ties(
 
     t0 + lambda sum w_i d_i / sum w_i over the models whose trimmed entry has the sign of sum w_i d_i (0 counts as plus);
     without the division where `normalize` is false. `density` of each tensor's entries is kept, exactly: floor(density n),
-    at least one unless it's 0, equal magnitudes by lowest index. The paper trims over a whole model; here it's per tensor.
+    at least one unless it's 0, equal magnitudes by lowest index. The paper trims over a whole model, which is
+    `trim: global`: n is then that of all tensors for which a model has this density, and equal magnitudes go by the
+    order of the tensors first. It takes a pass over all tensors more; `rescale` stays a tensor's own.
     """
-    trim = Trim("largest", _each(density, len(weights)), rescale="l1" if rescale else "none")
-    return _sum(weights, trim, elect=True, normalize=normalize, scale=lambda_)
+    kept = Trim("largest", _each(density, len(weights)), rescale="l1" if rescale else "none", scope=trim)
+    return _sum(weights, kept, elect=True, normalize=normalize, scale=lambda_)
 
 
 def _rescale(chosen: bool | str) -> Literal["none", "density", "l1"]:
