@@ -2,7 +2,7 @@
 
 What a recipe may say of a method is read off its signature: keyword-only arguments are its options, their annotations
 (`Annotated[float, Field(ge=0, le=1)]`) the ranges, their defaults the only place where a default is written. pydantic
-checks the values. This isn't a plugin loader, and nothing here does arithmetic.
+checks the values. Other packages' methods are found by their entry points. Nothing here does arithmetic.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import typing
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,6 +22,10 @@ from interfuse.errors import OptionError, Problem, nearest
 
 Level = Literal["weights", "layers", "features", "outputs"]
 LEVELS: tuple[Level, ...] = typing.get_args(Level)
+#: What a weight method can be (`interfuse.methods.forms`).
+FORMS = ("coefficients", "rule", "blocks", "matrices")
+#: The group of entry points by which other packages add methods.
+ENTRY_POINTS = "interfuse.methods"
 
 #: Where the built-in methods of a level register themselves. A level is imported when it is first asked for, so that
 #: looking up a weight method doesn't import torch.
@@ -152,6 +157,10 @@ def register(
     """
 
     def write_down(make: _F) -> _F:
+        if level == "weights" and form not in FORMS:
+            raise OptionError(Problem(f"register({name!r}, {level!r})", f"form is {form!r}", nearest(form, FORMS)))
+        if not getattr(make, "__module__", "").startswith(f"{__package__}."):
+            _known(level)  # ours have their names first
         if (level, name) in _METHODS and _METHODS[level, name].make is not make:
             raise OptionError(Problem(f"register({name!r}, {level!r})", "the name is taken", "choose another name"))
         _METHODS[level, name] = Method(name, level, make, paper, needs, form, of)
@@ -161,16 +170,50 @@ def register(
 
 
 def methods(level: Level | None = None) -> list[Method]:
-    """All methods, or those of one level, in the order of levels and registration."""
+    """All methods, or those of one level, in the order of levels and registration; other packages' behind ours.
+
+    A package names a module of its own as an entry point of the group `interfuse.methods` (docs/extending.md); one that
+    can't be imported is a warning.
+    """
+    for problem in _others():
+        warnings.warn(str(problem), stacklevel=2)
+    return _known(level)
+
+
+def find(name: str, level: Level, path: str = "method") -> Method:
+    """The method of that name at that level, or an `OptionError` with the nearest names.
+
+    Other packages are looked into, and imported, only for a name that isn't one of ours.
+    """
+    known = {method.name: method for method in _known(level)}
+    if name in known:
+        return known[name]
+    broken = _others()
+    known = {method.name: method for method in _known(level)}
+    if name not in known:
+        raise OptionError(Problem(path, f"no {level} method is named {name!r}", nearest(name, known)), *broken)
+    return known[name]
+
+
+def _known(level: Level | None) -> list[Method]:
+    """The methods that have been registered, ours among them."""
     for wanted in LEVELS if level is None else (level,):
         if wanted in _HOMES:
             importlib.import_module(_HOMES[wanted])
     return [m for wanted in LEVELS for m in _METHODS.values() if m.level == wanted and level in (None, wanted)]
 
 
-def find(name: str, level: Level, path: str = "method") -> Method:
-    """The method of that name at that level, or an `OptionError` with the nearest names."""
-    known = {method.name: method for method in methods(level)}
-    if name not in known:
-        raise OptionError(Problem(path, f"no {level} method is named {name!r}", nearest(name, known)))
-    return known[name]
+@functools.cache
+def _others() -> tuple[Problem, ...]:
+    """Import other packages' methods, once; what can't be imported."""
+    from importlib.metadata import entry_points
+
+    broken = []
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: (entry.name, entry.value)):
+        try:
+            entry.load()
+        except Exception as error:  # someone else's code: it may fail in any way, and mustn't take ours along
+            package = f" of {entry.dist.name}" if entry.dist is not None else ""
+            wrong = f"{entry.value!r}{package} can't be loaded ({type(error).__name__}: {error})"
+            broken.append(Problem(f"entry point {entry.name!r}", wrong, "mend or uninstall that package"))
+    return tuple(broken)
