@@ -7,6 +7,7 @@ https://github.com/huggingface/safetensors#format.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -43,6 +44,8 @@ STORAGE: dict[str, np.dtype[Any]] = {
 _LONGEST = 100_000_000  # bytes of header that the format allows
 _MOST_DIMENSIONS = 64  # that NumPy and torch allow
 _METADATA = "__metadata__"
+_KEYS = {"dtype", "shape", "data_offsets"}
+_WHOLE = {int}
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,12 @@ class TensorSpec:
     dtype: str
     shape: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def count(self) -> int:
         """How many elements."""
         return math.prod(self.shape)
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """How many bytes."""
         return self.count * self.storage.itemsize
@@ -148,11 +151,11 @@ def _entries(file: str, entries: dict[str, Any], start: int, end: int) -> dict[s
     found: dict[str, Entry] = {}
     problems = []
     for name, entry in entries.items():
-        wrong = _wrong(entry, end - start)
-        if wrong:
-            problems.append(_damaged(file, f"tensor {name!r}: {wrong}"))
+        spec = _spec(entry, end - start)
+        if isinstance(spec, str):
+            problems.append(_damaged(file, f"tensor {name!r}: {spec}"))
         else:
-            found[name] = Entry(TensorSpec(entry["dtype"], tuple(entry["shape"])), start + entry["data_offsets"][0])
+            found[name] = Entry(spec, start + entry["data_offsets"][0])
     if not problems:
         problems = [_damaged(file, wrong) for wrong in _gaps(found, start, end)]
     if problems:
@@ -160,27 +163,35 @@ def _entries(file: str, entries: dict[str, Any], start: int, end: int) -> dict[s
     return found
 
 
-def _wrong(entry: Any, size: int) -> str:
-    """What is wrong with one tensor's entry, or nothing."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+def _spec(entry: Any, size: int) -> TensorSpec | str:
+    """The spec that one tensor's entry gives, or what is wrong with it."""
+    if not isinstance(entry, dict) or entry.keys() != _KEYS:
         return "its entry must have dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in STORAGE:
         return f"unknown dtype {dtype!r}"
-    if not _counts(shape) or len(shape) > _MOST_DIMENSIONS:
+    spec = _sized(dtype, tuple(shape)) if _is_whole(shape) else None
+    if spec is None:
         return f"bad shape {shape!r}"
-    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not _is_whole(offsets) or len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1]:
         return f"bad data_offsets {offsets!r}"
     if offsets[1] > size:
         return f"its data ends at byte {offsets[1]}, the file has {size} bytes of data"
-    spec = TensorSpec(dtype, tuple(shape))
     if spec.nbytes != offsets[1] - offsets[0]:
         return f"{spec} takes {spec.nbytes} bytes, data_offsets give {offsets[1] - offsets[0]}"
-    return ""
+    return spec
 
 
-def _counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+def _is_whole(values: Any) -> bool:
+    """Whether this is a list of whole numbers: no booleans, which count as such in Python."""
+    return isinstance(values, list) and not {*map(type, values)} - _WHOLE
+
+
+@functools.lru_cache(maxsize=2**14)
+def _sized(dtype: str, shape: tuple[int, ...]) -> TensorSpec | None:
+    """The spec, one object for all that are equal; None where no tensor has this shape."""
+    good = len(shape) <= _MOST_DIMENSIONS and all(0 <= size < 2**63 for size in shape)
+    return TensorSpec(dtype, shape) if good else None
 
 
 def _is_text(name: str) -> bool:
