@@ -121,8 +121,10 @@ def test_bfloat16_with_many_equal_magnitudes_and_three_threads() -> None:
     assert all(torch.equal(found[0][name], one[name]) for one in found for name in base)
 
 
-@pytest.mark.parametrize("places", [2, 100_000])
-def test_a_sample_brackets_the_cut_and_one_that_misses_changes_nothing(monkeypatch: pytest.MonkeyPatch, places: int) -> None:
+@pytest.mark.parametrize(("places", "most"), [(2, 1), (100_000, 2)])
+def test_a_sample_brackets_the_cut_and_one_that_misses_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, places: int, most: int
+) -> None:
     shapes = {"a": (500, 300), "tiny": (5,), "b": (100_000,)}
     base, models = tensors(7, 2, places=places, shapes=shapes)
     passes: list[int] = []
@@ -134,10 +136,11 @@ def test_a_sample_brackets_the_cut_and_one_that_misses_changes_nothing(monkeypat
 
     monkeypatch.setattr(global_trim, "_tallied", counted)
     first = itf.merge("ties", models, base=base, density=0.2, trim="global")
-    assert len(passes) == 1
+    assert 1 <= len(passes) <= most
+    passes.clear()
     monkeypatch.setattr(global_trim, "_bracket", lambda scores, share, groups: (groups.end - 2, groups.end))
     second = itf.merge("ties", models, base=base, density=0.2, trim="global")
-    assert len(passes) > 2
+    assert len(passes) > most
     deltas = np.concatenate([(models[0][name] - base[name]).reshape(-1) for name in base])
     assert all(first[name].tobytes() == second[name].tobytes() for name in base)
     kept = sum(

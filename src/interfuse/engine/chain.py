@@ -17,10 +17,12 @@ from typing import NamedTuple
 import numpy as np
 
 from interfuse.checkpoints.source import Checkpoint
+from interfuse.engine.global_trim import global_cuts
 from interfuse.engine.merging import Merging
 from interfuse.engine.opening import open_references
 from interfuse.engine.outputs import job
 from interfuse.engine.scheduler import run_jobs
+from interfuse.engine.selection import Cut
 from interfuse.errors import CheckpointError, Problem, RecipeError
 from interfuse.plan import Output, Plan, plan_merge
 from interfuse.recipe import Recipe
@@ -86,6 +88,7 @@ class _Stage:
     def __init__(self, plan: Plan, sources: Sequence[Checkpoint], scratch: Path | None):
         self._plan, self._sources, self._scratch = plan, sources, scratch
         self._held: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._cuts: dict[str, list[Cut]] | None = None
         self._lock = threading.Lock()
 
     def tensor(self, output: Output) -> np.ndarray:
@@ -93,7 +96,9 @@ class _Stage:
         with self._lock:
             if output.name not in self._held:
                 target = _Array(_room(output, self._scratch))
-                merging = Merging(self._sources, target, self._plan.seed)
+                if self._cuts is None:
+                    self._cuts = global_cuts(self._plan.outputs, self._sources, 1)
+                merging = Merging(self._sources, target, self._plan.seed, cuts=self._cuts)
                 run_jobs([job(output, merging)], 1)
                 if merging.refused:
                     raise CheckpointError(*merging.refused)

@@ -117,7 +117,7 @@ def _kept(density: float, count: int) -> int:
 def _brackets(parts: Sequence[_Part], groups: _Groups, threads: int) -> list[tuple[int, int]]:
     """Bits below and above each group's cut, by a sample of its magnitudes; for few entries all bits that there are."""
     least = max(2**22 // len(groups.total), 2**14)
-    size = [min(n // 64, 2**20, least) // _RUN if some else 0 for n, some in zip(groups.total, groups.open, strict=True)]
+    size = [min(n // 8, 2**20, least) // _RUN if some else 0 for n, some in zip(groups.total, groups.open, strict=True)]
     drawn: list[dict[Any, np.ndarray]] = [{} for _ in size]
     passed = [0] * len(size)  # elements of each group before a tensor
     jobs: list[Job] = []
