@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from interfuse.checkpoints.embedding import is_vocabulary
 from interfuse.checkpoints.numbers import FLOATS, STORED_FLOATS, float_named
 from interfuse.checkpoints.source import Checkpoint, TensorSpec
 from interfuse.errors import CheckpointError, OptionError, Problem, UserError, nearest
@@ -60,12 +61,28 @@ class Output(NamedTuple):
         return self.inputs if self.base is None else (self.base, *self.inputs)
 
 
+class Wording(NamedTuple):
+    """What a recipe's tokenizer and chat template make of the output: files beside its weights (None: of the lead's, one that
+    goes), what its config files say instead, by file (None: nothing), the embedding's rows in the lead and in the output.
+
+    `lines` say what becomes of each model's rows; `digest` names what determines all this.
+    """
+
+    files: Mapping[str, bytes | None]
+    digest: str
+    changes: Mapping[str, Mapping[str, Any]] = {}
+    rows: tuple[int, int] | None = None
+    lines: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Plan:
     """A merge, decided. `str(plan)` is readable in full; `digest()` names it wherever the same models lie.
 
-    `lead` is the source that config, tokenizer and other side files come from: the base, else the first model. `layers` has
-    for each stack of the output where each layer comes from: a source and its layer there.
+    `lead` is the source that config, tokenizer and other side files come from: the base, else the first model; `wording` is
+    what a recipe's own tokenizer makes of these. `layers` has for each stack of the output where each layer comes from: a
+    source and its layer there. `earlier` names the plans whose results are merged.
     """
 
     method: str
@@ -75,6 +92,8 @@ class Plan:
     layers: tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
     seed: int
     notes: tuple[str, ...]
+    wording: Wording | None = None
+    earlier: tuple[str, ...] = ()
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -90,11 +109,14 @@ class Plan:
             "calls": [call and [call.method, call.weights, call.options] for call in calls],
             "outputs": [[o.name, o.spec.dtype, o.spec.shape, o.how, number[o.call], o.base, o.inputs] for o in self.outputs],
         }
+        content |= {"wording": self.wording.digest} if self.wording else {}
+        content |= {"earlier": self.earlier} if self.earlier else {}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def __str__(self) -> str:
         lines = [f"{self.method}, seed {self.seed}"]
         lines += [f"source {i}: {name}{' (lead)' if i == self.lead else ''}" for i, name in enumerate(self.sources)]
+        lines += [f"vocabulary: {line}" for line in (self.wording.lines if self.wording else ())]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, *map(str, self.outputs)])
 
@@ -141,10 +163,13 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[Reference, Checkpoint], *, c
 def config_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The checkpoint's config.json, or None where there is none; one that isn't JSON is a `CheckpointError`."""
     path = checkpoint.folder / "config.json" if checkpoint.folder else None
-    if path is None or not path.is_file():
-        return None
+    text = checkpoint.beside.get("config.json")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        if text is None:
+            if path is None or not path.is_file():
+                return None
+            text = path.read_bytes()
+        config = json.loads(text)
     except (ValueError, OSError):
         raise CheckpointError(Problem(str(path), "isn't JSON", "get the file again")) from None
     return config if isinstance(config, dict) else None
@@ -248,7 +273,10 @@ class _Planner:
             if found is spec or (found.shape == spec.shape and found.dtype == dtype):
                 continue
             if found.shape != spec.shape or not (is_float and found.dtype in STORED_FLOATS):
-                problem = Problem(checkpoint.name, f"tensor {slot.names[i]!r} is {found}", f"{whose} has {spec}")
+                allowed = f"{whose} has {spec}"
+                if is_vocabulary(slot.name) and found.shape[1:] == spec.shape[1:] and found.shape != spec.shape:
+                    allowed += ": other tokens; tokenizer_source: union gives all models the same"
+                problem = Problem(checkpoint.name, f"tensor {slot.names[i]!r} is {found}", allowed)
                 self._differ.setdefault(checkpoint.name, []).append(problem)
                 good = False
         return good

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from interfuse.checkpoints.config import output_config
+from interfuse.checkpoints.config import changed, output_config
 
 HEAD = "model.layers."
 
@@ -108,7 +108,28 @@ def test_a_stack_without_a_count_is_said() -> None:
 
 def test_vocabulary_and_type() -> None:
     config = {"vocab_size": 10, "dtype": "float32", "text_config": {"vocab_size": 10, "torch_dtype": "float32"}}
-    found, notes = output_config([config], 0, {}, {}, vocabulary=12, dtype="torch.bfloat16")
+    found, notes = output_config([config], 0, {}, {}, vocabulary=(10, 12), dtype="torch.bfloat16")
     assert found == {"vocab_size": 12, "dtype": "bfloat16", "text_config": {"vocab_size": 12, "torch_dtype": "bfloat16"}}
-    assert notes == ["vocab_size is 12, 10 before"]
+    assert notes == ["vocab_size is 12, 10 before"] * 2
     assert output_config([None], 0, {}, {}, dtype="float16") == ({"torch_dtype": "float16"}, [])
+
+
+@pytest.mark.parametrize(
+    ("config", "made"),
+    [
+        ({"vocab_size": 2}, {"vocab_size": 8}),
+        ({"vocab_size": 1}, {"vocab_size": 8}),
+        ({"text": {"vocab_size": 2}, "image": {"vocab_size": 9}}, {"text": {"vocab_size": 8}, "image": {"vocab_size": 9}}),
+        ({"a": {"b": {"vocab_size": 2}}}, {"a": {"b": {"vocab_size": 8}}}),
+        ({"width": 3}, {"width": 3, "vocab_size": 8}),
+    ],
+)
+def test_the_vocabulary_s_size_wherever_it_is(config: dict[str, Any], made: dict[str, Any]) -> None:
+    assert output_config([config], 0, {}, {}, vocabulary=(2, 8))[0] == made
+    assert output_config([{"width": 3}], 0, {}, {}, vocabulary=(8, 8)) == ({"width": 3}, [])
+
+
+def test_entries_are_changed_where_they_are() -> None:
+    config = {"a": 1, "b": {"c": 2, "d": 3}, "e": None}
+    assert changed(config, {"a": 5, "b": {"c": None}}) == {"a": 5, "b": {"d": 3}, "e": None}
+    assert config["b"] == {"c": 2, "d": 3}

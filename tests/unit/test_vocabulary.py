@@ -207,18 +207,6 @@ def test_equal_vocabularies_change_nothing(tmp_path: Path) -> None:
 # What config files must say
 
 
-def test_the_config_s_vocab_size_wherever_it_is(tmp_path: Path) -> None:
-    def changes(config: dict[str, Any]) -> Any:
-        folder = put(tmp_path / str(len(list(tmp_path.iterdir()))), ["a"], config=config)
-        return vocabulary({"source": "base", "pad_to_multiple_of": 8}, {"m": folder}, None, {"m": 2}).changes
-
-    assert changes({"vocab_size": 2}) == {"config.json": {"vocab_size": 8}}
-    assert changes({"vocab_size": 1}) == {"config.json": {"vocab_size": 8}}
-    assert changes({"text": {"vocab_size": 2}, "image": {"vocab_size": 9}}) == {"config.json": {"text": {"vocab_size": 8}}}
-    assert changes({"width": 3}) == {"config.json": {"vocab_size": 8}}
-    assert changes({}) == {}
-
-
 def test_ids_follow_the_tokenizer(tmp_path: Path) -> None:
     base = put(
         tmp_path / "base",
@@ -314,8 +302,8 @@ def test_tokens_must_be_a_mapping(folders: dict[str, Path | None]) -> None:
 
 
 def test_choices_left_out(folders: dict[str, Path | None]) -> None:
-    assert read_choice({}, folders) == ("union", None, {}, None)
-    assert read_choice({"tokens": None, "source": "base"}, folders) == ("base", None, {}, None)
+    assert read_choice({}, folders) == ("union", None, {}, None, "union")
+    assert read_choice({"tokens": None, "source": "base"}, folders) == ("base", None, {}, None, "base")
     assert read_choice({"tokens": {"a": {"source": None}}}, folders).rules == {"a": TokenRule()}
 
 

@@ -42,14 +42,14 @@ def output_config(
     layers: Mapping[str, Picks],
     before: Mapping[str, int],
     *,
-    vocabulary: int | None = None,
+    vocabulary: tuple[int, int] | None = None,
     dtype: str | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The config of a merge, made from that of source `lead`, and notes.
 
     `configs` are the sources'. `layers` has for each stack of the output, by the name before its numbers, the source and
-    the layer there that each layer comes from, and `before` how many layers the lead has in each. `vocabulary` is the new
-    number of rows, `dtype` the type as torch names it (`"bfloat16"`).
+    the layer there that each layer comes from, and `before` how many layers the lead has in each. `vocabulary` is the
+    embedding's number of rows in the lead and in the output, `dtype` the type as torch names it (`"bfloat16"`).
     """
     config: dict[str, Any] = copy.deepcopy(dict(configs[lead] or {}))
     notes: list[str] = []
@@ -57,10 +57,21 @@ def output_config(
         if list(picks) != [(lead, i) for i in range(before.get(head, -1))]:
             notes += _restack(config, configs, head, picks, before.get(head, 0), several=len(layers) > 1)
     if vocabulary is not None:
-        notes += _set_vocabulary(config, vocabulary)
+        notes += _set_vocabulary(config, *vocabulary)
     if dtype is not None:
         _set_dtype(config, dtype.removeprefix("torch."))
     return config, notes
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with these entries, nested as they are; None takes one away."""
+    result = {**config, **changes}
+    for key, value in changes.items():
+        if value is None:
+            result.pop(key)
+        elif isinstance(value, Mapping):
+            result[key] = changed(config.get(key) or {}, value)
+    return result
 
 
 def _restack(
@@ -147,17 +158,25 @@ def _picked(sections: Sequence[Config], key: str, picks: Picks) -> list[Any] | N
     return found
 
 
-def _set_vocabulary(config: dict[str, Any], rows: int) -> Iterator[str]:
-    places = [config, *(value for key, value in config.items() if key.endswith("config") and isinstance(value, dict))]
-    found = [place for place in places if type(place.get("vocab_size")) is int]
-    old = found[0]["vocab_size"] if found else None
+def _set_vocabulary(config: dict[str, Any], before: int, rows: int) -> Iterator[str]:
+    """Set every `vocab_size` that is the number of rows before, and the config's own; give it one where there is none."""
+    found = [place for place in _sections(config) if type(place.get("vocab_size")) is int]
     for place in found:
-        if place["vocab_size"] == old:
+        if place is config or place["vocab_size"] == before:
+            if place["vocab_size"] != rows:
+                yield f"vocab_size is {rows}, {place['vocab_size']} before"
             place["vocab_size"] = rows
-    if not found:
+    if not found and rows != before:
         config["vocab_size"] = rows
-    if old != rows:
-        yield f"vocab_size is {rows}" + (f", {old} before" if old is not None else "")
+        yield f"vocab_size is {rows}"
+
+
+def _sections(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The config and every mapping in it, at any depth."""
+    yield config
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _sections(value)
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

@@ -86,11 +86,20 @@ def with_vocabulary(checkpoint: Checkpoint, rows: np.ndarray, fill: Fill, names:
         return checkpoint
     specs, places = dict(checkpoint.specs), dict(checkpoint.places)
     for name in changed:
-        spec = checkpoint.specs[name]
-        axis = _axis(spec)[0]
-        specs[name] = TensorSpec(spec.dtype, (*spec.shape[:axis], len(rows), *spec.shape[axis + 1 :]))
+        specs[name] = resized(checkpoint.specs[name], len(rows))
         places[name] = Remapped(checkpoint, name, rows, fill)
-    return replace(checkpoint, specs=specs, places=places, within=(checkpoint,))
+    return replace(checkpoint, specs=specs, places=places, within=(checkpoint, *fill.checkpoints.values()))
+
+
+def resized(spec: TensorSpec, rows: int) -> TensorSpec:
+    """The spec with so many rows on its vocabulary axis."""
+    axis, _ = _axis(spec)
+    return TensorSpec(spec.dtype, (*spec.shape[:axis], rows, *spec.shape[axis + 1 :]))
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor is named as those are whose rows are tokens."""
+    return _KNOWN.search(name) is not None
 
 
 def _axis(spec: TensorSpec) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from interfuse.checkpoints.adapters import Adapter, Pair
 from interfuse.checkpoints.adapters import open_adapter as open_adapter
+from interfuse.checkpoints.embedding import is_vocabulary
 from interfuse.checkpoints.numbers import STORED_FLOATS, widen
 from interfuse.checkpoints.places import Place
 from interfuse.checkpoints.prefixes import align
@@ -31,8 +32,10 @@ def with_adapter(checkpoint: Checkpoint, adapter: Adapter, scale: float = 1.0) -
     """The model W + scale (W' - W), where W' is the model with the adapter: `scale` 0 is the model as it was.
 
     Changed tensors are F32 (F64 where the model's are), and the result's `declared` has the types that they had. Tensors
-    that the adapter saves whole come as it stores them. Everything of the adapter that has no tensor in the model, or
-    another shape, is a `CheckpointError`; names may differ in what stands before them.
+    that the adapter saves whole come as it stores them; embeddings and heads may have other rows there, if all have. What
+    it saves for a head that is tied to the model's embedding is the embedding once more, and left out. Everything
+    of the adapter that has no tensor in the model, or another shape, is a `CheckpointError`; names may differ in what stands
+    before them.
     """
     fitted = _Fitted(checkpoint, adapter, scale)
     fitted.replace_whole()
@@ -95,13 +98,16 @@ class _Fitted:
 
     def replace_whole(self) -> None:
         """Put the tensors that are saved whole in the model's places."""
+        resized: dict[str, str] = {}
         for target, key in self.adapter.whole.items():
             stored = self.adapter.weights.specs[key]
-            name = self._find(target, key)
+            name = None if self._is_tied(target, key) else self._find(target, key)
             if name is None:
                 continue
             spec = self.model.specs[name]
-            if stored.shape != spec.shape or (stored.dtype in STORED_FLOATS) != (spec.dtype in STORED_FLOATS):
+            if is_vocabulary(name) and self.scale == 1 and stored.shape[1:] == spec.shape[1:] and stored.shape != spec.shape:
+                resized[name] = key
+            elif stored.shape != spec.shape or (stored.dtype in STORED_FLOATS) != (spec.dtype in STORED_FLOATS):
                 allowed = "give the adapter's own base" + (", resized to its vocabulary" if len(spec.shape) == 2 else "")
                 self._wrong(f"{key!r} is {stored}, the model's {name!r} is {spec}", allowed)
                 continue
@@ -110,14 +116,33 @@ class _Fitted:
                 self._blend(name)
             elif self.scale != 1 and stored != spec:
                 self._wrong(f"{key!r} is {stored}, which can't be scaled by {self.scale}", "scale 1")
+        self._check_resized(resized)
+
+    def _check_resized(self, resized: dict[str, str]) -> None:
+        """A vocabulary has as many rows in all tensors that it had as many in."""
+        before = [self.model.specs[name].shape[:1] for name in resized]
+        rows = {self.specs[name].shape[0]: name for name in resized}
+        for name, spec in self.model.specs.items():
+            if resized and is_vocabulary(name) and spec.shape[:1] in before and self._spec(name).shape[0] != max(rows):
+                wrong = f"{resized[rows[max(rows)]]!r} has {max(rows)} rows, and {name!r} {self._spec(name).shape[0]}"
+                self._wrong(wrong, "save all embeddings and heads in one size")
+
+    def _is_tied(self, target: str, key: str) -> bool:
+        """Whether what is saved for a head that the model hasn't is what is saved for its embedding."""
+        if target in self.names or not is_vocabulary(target):
+            return False
+        weights = self.adapter.weights
+        others = [other for name, other in self.adapter.whole.items() if name in self.names and is_vocabulary(name)]
+        alike = [other for other in others if weights.specs[other] == weights.specs[key]]
+        return any(np.array_equal(weights.read(other).view(np.uint8), weights.read(key).view(np.uint8)) for other in alike)
 
     def add_pairs(self) -> None:
         """Put W + s B A in the place of each weight that has factors, and add to the biases that have something added."""
         named = {pair.module: self._find(f"{pair.module}.weight", pair.down) for pair in self.adapter.pairs.values()}
         flat = {
-            module: self.model.specs[name].shape
+            module: self._spec(name).shape
             for module, name in named.items()
-            if name is not None and self.adapter.pairs[module].kind == "matrix" and len(self.model.specs[name].shape) == 2
+            if name is not None and self.adapter.pairs[module].kind == "matrix" and len(self._spec(name).shape) == 2
         }
         turned, unknown = orientations(self.adapter, flat)
         for module in unknown:
@@ -133,7 +158,7 @@ class _Fitted:
                 self._add_pair(self.adapter.pairs[module], name, turned.get(module, False), kept)
 
     def _add_pair(self, pair: Pair, name: str, turned: bool, kept: Callable[[str, bool, type], np.ndarray]) -> None:
-        weights, spec = self.adapter.weights.specs, self.model.specs[name]
+        weights, spec = self.adapter.weights.specs, self._spec(name)
         down, up = weights[pair.down].shape, weights[pair.up].shape
         product = (up[0], *down[1:])
         turned = turned or pair.kind == "embedding"

@@ -38,6 +38,9 @@ _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
 _KINDS = ("BPE", "WordPiece", "Unigram", "WordLevel")
 
+#: Where a model's small files are: its folder, or the files themselves by their path within it.
+Home = Path | Mapping[str, bytes]
+
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
@@ -69,26 +72,41 @@ class Tokenizer:
         return _content(self.config.get(role))
 
 
-def tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """The files of a folder that belong to its tokenizer, by their path within it; chat templates included."""
+def tokenizer_files(home: Home) -> dict[str, bytes]:
+    """The files of a model that belong to its tokenizer, by their path in its folder; chat templates included."""
     names = [MAIN, CONFIG, "special_tokens_map.json", *_OLDER, TEMPLATE]
-    paths = [folder / name for name in names] + sorted((folder / TEMPLATES).glob("*.jinja"))
+    if isinstance(home, Mapping):
+        return {name: home[name] for name in [*names, *home] if name in home and (name in names or _is_template(name))}
+    paths = [home / name for name in names] + sorted((home / TEMPLATES).glob("*.jinja"))
     try:
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}
+        return {path.relative_to(home).as_posix(): path.read_bytes() for path in paths if path.is_file()}
     except OSError as error:
         raise CheckpointError(Problem(str(error.filename), f"can't be read: {error.strerror}")) from None
 
 
-def read_tokenizer(folder: Path, name: str | None = None) -> Tokenizer | None:
-    """The tokenizer of a model folder, or None where there is none; one that can't be read is a `CheckpointError`."""
-    files = tokenizer_files(folder)
-    name = name or str(folder)
+def has_tokenizer(files: Mapping[str, bytes]) -> bool:
+    """Whether there is a vocabulary among a model's files, not only what goes with one."""
+    return MAIN in files or any(name in files for name in _OLDER if name != "added_tokens.json")
+
+
+def read_json(home: Home, name: str, where: str) -> dict[str, Any]:
+    """The JSON object in one of a model's files, empty where there is no such file; `where` is what to call the model."""
+    if isinstance(home, Mapping):
+        return decode(home, name, where)
+    path = home / name
+    return decode({name: path.read_bytes()} if path.is_file() else {}, name, where)
+
+
+def read_tokenizer(home: Home, name: str | None = None) -> Tokenizer | None:
+    """A model's tokenizer, or None where there is none; one that can't be read is a `CheckpointError`."""
+    files = tokenizer_files(home)
+    name = name or str(home)
     if MAIN in files:
         return _tokenizer(name, files, files)
-    if not any(key in files for key in _OLDER if key != "added_tokens.json"):
+    if not has_tokenizer(files):
         return None
     try:
-        return _tokenizer(name, files, _converted(folder))
+        return _tokenizer(name, files, _converted(home, name))
     except CheckpointError:
         if _LIST not in files:
             raise
@@ -250,18 +268,28 @@ def _listed(content: bytes) -> bytes:
     return encode({"model": {"type": "WordPiece", "vocab": vocab}})
 
 
-def _converted(folder: Path) -> dict[str, bytes]:
-    """The files that transformers makes of a folder in an older form; no code from the folder runs."""
+def _is_template(name: str) -> bool:
+    return name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja")
+
+
+def _converted(home: Home, name: str) -> dict[str, bytes]:
+    """The files that transformers makes of a tokenizer in an older form; no code from its folder runs."""
+    if isinstance(home, Mapping):
+        with tempfile.TemporaryDirectory() as put:
+            for file, content in home.items():
+                (Path(put) / file).parent.mkdir(exist_ok=True)
+                (Path(put) / file).write_bytes(content)
+            return _converted(Path(put), name)
     transformers = require("transformers")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(home), local_files_only=True)
         with tempfile.TemporaryDirectory() as made:
             tokenizer.save_pretrained(made)
             files = tokenizer_files(Path(made))
     except Exception as error:  # whatever a damaged or unknown vocabulary makes its library raise
         reason = str(error).strip().partition("\n")[0][:200]
         wrong = f"has no {MAIN}, and transformers can't read its tokenizer ({type(error).__name__}: {reason})"
-        raise CheckpointError(Problem(str(folder), wrong, f"save it with a {MAIN}")) from None
+        raise CheckpointError(Problem(name, wrong, f"save it with a {MAIN}")) from None
     if MAIN not in files:
-        raise CheckpointError(Problem(str(folder), f"has a tokenizer that can't be written as a {MAIN}", "use another source"))
+        raise CheckpointError(Problem(name, f"has a tokenizer that can't be written as a {MAIN}", "use another source"))
     return files

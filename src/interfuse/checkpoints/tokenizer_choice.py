@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from interfuse.checkpoints.tokenizer import Home
 from interfuse.errors import Problem, RecipeError, nearest
 
 
@@ -23,24 +24,34 @@ class TokenRule(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A recipe's `tokenizer` section: `source` is `"base"`, `"union"`, or a folder with the model it belongs to, if any."""
+    """A recipe's `tokenizer` section: `source` is `"base"`, `"union"`, or a model's files; `key` is that model, if merged.
 
-    source: str | Path
+    `text` is the source as the recipe has it.
+    """
+
+    source: str | Home
     key: str | None
     rules: dict[str, TokenRule]
     multiple: int | None
+    text: str
 
 
-def read_choice(choice: str | Mapping[str, Any], folders: Mapping[str, Path | None]) -> Choice:
-    """A recipe's `tokenizer_source` or `tokenizer` value, checked; every problem at once as a `RecipeError`."""
+def read_choice(
+    choice: str | Mapping[str, Any], folders: Mapping[str, Home | None], elsewhere: Mapping[str, Home] | None = None
+) -> Choice:
+    """A recipe's `tokenizer_source` or `tokenizer` value, checked; every problem at once as a `RecipeError`.
+
+    `folders` are the merged models' by name, `elsewhere` those of others that the source may name.
+    """
     if not isinstance(choice, Mapping):
-        source, key, problems = _source(choice, folders, "tokenizer_source")
+        source, key, problems = _source(choice, folders, elsewhere or {}, "tokenizer_source")
         if problems:
             raise RecipeError(*problems)
-        return Choice(source, key, {}, None)
+        return Choice(source, key, {}, None, reference_text(choice) or "")
     known = ("source", "tokens", "pad_to_multiple_of")
     problems = [Problem(f"tokenizer.{name}", "unknown key", nearest(str(name), known)) for name in choice if name not in known]
-    source, key, wrong = _source(choice.get("source", "union"), folders, "tokenizer.source")
+    asked = choice.get("source", "union")
+    source, key, wrong = _source(asked, folders, elsewhere or {}, "tokenizer.source")
     multiple = choice.get("pad_to_multiple_of")
     if multiple is not None and (type(multiple) is not int or multiple < 1):
         problems.append(Problem("tokenizer.pad_to_multiple_of", f"got {multiple!r}", "allowed: an integer, 1 or more"))
@@ -58,7 +69,7 @@ def read_choice(choice: str | Mapping[str, Any], folders: Mapping[str, Path | No
             problems += more
     if problems + wrong:
         raise RecipeError(*problems, *wrong)
-    return Choice(source, key, rules, multiple)
+    return Choice(source, key, rules, multiple, reference_text(asked) or "")
 
 
 def reference_text(value: Any) -> str | None:
@@ -75,7 +86,9 @@ def _part(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _source(value: Any, folders: Mapping[str, Path | None], path: str) -> tuple[str | Path, str | None, list[Problem]]:
+def _source(
+    value: Any, folders: Mapping[str, Home | None], elsewhere: Mapping[str, Home], path: str
+) -> tuple[str | Home, str | None, list[Problem]]:
     """Where the tokenizer comes from, and which of the models that is."""
     if value in ("base", "union"):
         return value, None, []
@@ -84,21 +97,23 @@ def _source(value: Any, folders: Mapping[str, Path | None], path: str) -> tuple[
     known = None if key is None else folders[key]
     if known is not None:
         return known, key, []
+    if text is not None and text in elsewhere:
+        return elsewhere[text], None, []
     folder = None if text is None else Path(text).expanduser()
     if folder is not None and folder.is_dir():
         return folder, None, []
     return "base", None, [Problem(path, f"got {value!r}", "allowed: base, union, or a model's folder")]
 
 
-def _key(text: str, folders: Mapping[str, Path | None]) -> str | None:
+def _key(text: str, folders: Mapping[str, Home | None]) -> str | None:
     """The model that a reference means: by its name, or by the folder it is in."""
     if text in folders:
         return text
     there = Path(text).expanduser().resolve()
-    return next((key for key, folder in folders.items() if folder and folder.resolve() == there), None)
+    return next((key for key, home in folders.items() if isinstance(home, Path) and home.resolve() == there), None)
 
 
-def _rule(value: Any, folders: Mapping[str, Path | None], path: str) -> tuple[TokenRule, list[Problem]]:
+def _rule(value: Any, folders: Mapping[str, Home | None], path: str) -> tuple[TokenRule, list[Problem]]:
     if not isinstance(value, Mapping):
         return TokenRule(), [Problem(path, f"got {value!r}", "allowed: {source: MODEL | {kind: ...}, force: true | false}")]
     known = ("source", "force")
@@ -116,7 +131,7 @@ def _rule(value: Any, folders: Mapping[str, Path | None], path: str) -> tuple[To
     return rule._replace(force=bool(force)), problems + more
 
 
-def _kind(source: Mapping[str, Any], folders: Mapping[str, Path | None], path: str) -> tuple[TokenRule, list[Problem]]:
+def _kind(source: Mapping[str, Any], folders: Mapping[str, Home | None], path: str) -> tuple[TokenRule, list[Problem]]:
     """`{kind: zero}`, or `{kind: model_token, model, token | token_id}`."""
     kinds = {"zero": ("kind",), "model_token": ("kind", "model", "token", "token_id")}
     kind = source["kind"]
@@ -136,7 +151,7 @@ def _kind(source: Mapping[str, Any], folders: Mapping[str, Path | None], path: s
     return TokenRule(model=key, token=next(iter(given.values()), None)), problems + more
 
 
-def _model(value: Any, folders: Mapping[str, Path | None], path: str) -> tuple[str | None, list[Problem]]:
+def _model(value: Any, folders: Mapping[str, Home | None], path: str) -> tuple[str | None, list[Problem]]:
     text = reference_text(value)
     key = None if text is None else _key(text, folders)
     if key is not None:

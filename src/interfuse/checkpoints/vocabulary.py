@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from interfuse.checkpoints.tokenizer import Tokenizer, decode, read_tokenizer, tokenizer_files, with_tokens
+from interfuse.checkpoints.tokenizer import Home, Tokenizer, read_json, read_tokenizer, tokenizer_files, with_tokens
 from interfuse.checkpoints.tokenizer_choice import TokenRule, read_choice
 from interfuse.checkpoints.union import union
 from interfuse.errors import CheckpointError, Problem, RecipeError
 
-_CONFIGS = ("config.json", "generation_config.json")
+#: Files that say what tokens mean to the model.
+CONFIGS = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,8 @@ class Vocabulary:
     `files` is the tokenizer, to be written beside the weights; `tokens` each token's row; `size` the number of rows, padding
     included. `rows[model][i]` is the model's own row for output row `i`, or -1 where it hasn't it: then it gets the mean of
     the rows `donors[model][i]` that aren't -1, zeros where `zero[i]`, and where there is neither the mean of its other rows.
-    `changes` has, by file, what the output's config files must say, nested as they are; None takes an entry away.
+    `changes` has, by file, what the output's config files must say of tokens, nested as they are; None takes an entry away.
+    The number of rows in them is for `config` to set.
     """
 
     files: dict[str, bytes]
@@ -43,38 +44,60 @@ class Vocabulary:
 
 
 def vocabulary(
-    choice: str | Mapping[str, Any], folders: Mapping[str, Path | None], base: str | None, sizes: Mapping[str, int]
+    choice: str | Mapping[str, Any],
+    folders: Mapping[str, Home | None],
+    base: str | None,
+    sizes: Mapping[str, int],
+    elsewhere: Mapping[str, Home] | None = None,
 ) -> Vocabulary:
     """The vocabulary that `tokenizer_source` (a text) or `tokenizer` (a mapping) asks for.
 
-    `folders` has the folder of each model in the recipe's order (None for one that is a file or in memory), `sizes` the rows
-    of its embedding (`embedding_rows`), `base` the base model's key; where there is none, tokenizer and config are the first
-    model's. Raises `RecipeError` for what is wrong with `choice`, `CheckpointError` for tokenizers that don't fit.
+    `folders` has the folder or small files of each model in the recipe's order (None for one that is a file or in memory),
+    `sizes` the rows of its embedding (`embedding_rows`), `base` the base model's key; where there is none, tokenizer and
+    config are the first model's. `elsewhere` are models that aren't merged, whose tokenizer may be asked for. Raises
+    `RecipeError` for what is wrong with `choice`, `CheckpointError` for tokenizers that don't fit.
     """
-    asked = read_choice(choice, folders)
+    asked = read_choice(choice, folders, elsewhere)
     first = base or next(iter(folders))
     tokenizers, notes = _tokenizers(folders, first, sizes)
-    home = origin = folders[first] or Path()
+    home = origin = folders[first] or {}
     made = tokenizers[first]
     if asked.source == "union":
         made, more = union([made, *(tokenizers[key] for key in folders if key != first)])
         notes += more
-    elif asked.source != "base":
-        home = Path(asked.source)
-        made = tokenizers[asked.key] if asked.key else _read(home)
+    elif not isinstance(asked.source, str):
+        home = asked.source
+        made = tokenizers[asked.key] if asked.key else _read(home, asked.text)
     new = [{"content": token} for token in asked.rules if token not in made.tokens]
     made = with_tokens(made, new) if new else made
     owner = asked.key or (first if home == origin else None)
-    size = _size(made, asked.multiple, sizes[owner] if owner else _rows_in_config(home))
+    size = _size(made, asked.multiple, sizes[owner] if owner else _rows_in_config(home, asked.text))
     own = {key: _own_rows(made.tokens, tokenizers[key].tokens, sizes[key], size) for key in folders}
     rows, donors, zero = _sources(asked.rules, made.tokens, tokenizers, own, base, sizes)
     notes += _notes(made, own, donors, zero, sizes, tokenizers)
-    changes, more = _changes(made, size, _Old(origin, tokenizers[first], sizes[first]), home)
+    changes, more = ({}, []) if home == origin else _changes(made, tokenizers[first], (first, origin), (asked.text, home))
     return Vocabulary(made.files, made.tokens, size, rows, donors, zero, changes, tuple(notes + more))
 
 
+def described(found: Vocabulary) -> list[str]:
+    """What becomes of each model's rows: a line for the output, and one a model."""
+    lines = [f"{len(found.tokens)} tokens in {found.size} rows"]
+    for key, rows in found.rows.items():
+        missing = np.flatnonzero(rows < 0)
+        said = [f"{found.size - len(missing)} rows its own"] if len(missing) < found.size else []
+        given = np.array([theirs[missing] >= 0 for theirs in found.donors.values()])
+        given[:, found.zero[missing]] = False
+        kinds, counts = np.unique(np.vstack([found.zero[missing], given]), axis=1, return_counts=True)
+        for (zero, *from_them), count in zip(kinds.T, counts, strict=True):
+            names = [name for name, gives in zip(found.donors, from_them, strict=True) if gives]
+            how = f"from {names[0]}" if len(names) == 1 else f"the mean of {' and '.join(names)}'s"
+            said.append(f"{count} {'zeros' if zero else how if names else 'the mean of its others'}")
+        lines.append(f"{key}: {', '.join(said)}")
+    return lines
+
+
 def _tokenizers(
-    folders: Mapping[str, Path | None], first: str, sizes: Mapping[str, int]
+    folders: Mapping[str, Home | None], first: str, sizes: Mapping[str, int]
 ) -> tuple[dict[str, Tokenizer], list[str]]:
     """The tokenizer of each model; one without has the first's, if its embedding has as many rows."""
     found: dict[str, Tokenizer] = {}
@@ -107,10 +130,10 @@ def _tokenizers(
     return found, notes
 
 
-def _read(folder: Path) -> Tokenizer:
-    found = read_tokenizer(folder)
+def _read(home: Home, name: str) -> Tokenizer:
+    found = read_tokenizer(home, name)
     if found is None:
-        raise CheckpointError(Problem(str(folder), "has no tokenizer files", "name a folder that has, base or union"))
+        raise CheckpointError(Problem(name, "has no tokenizer files", "name a folder that has, base or union"))
     return found
 
 
@@ -202,34 +225,25 @@ def _counted(key: str, tokens: list[str], what: str) -> list[str]:
     return [f"{key}: {len(tokens)} {what}, e.g. {tokens[0]!r}"] if tokens else []
 
 
-@dataclass(frozen=True)
-class _Old:
-    """The model that the output's config comes from: its folder, tokenizer, and rows."""
+def _changes(
+    made: Tokenizer, old: Tokenizer, origin: tuple[str, Home], home: tuple[str, Home]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What config.json and generation_config.json must say of tokens, and notes on ids that mean nothing any more.
 
-    folder: Path
-    tokenizer: Tokenizer
-    rows: int
-
-
-def _changes(made: Tokenizer, size: int, old: _Old, home: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """What config.json and generation_config.json must say instead, and notes on ids that mean nothing any more."""
+    They are those in `origin`, of a model with the tokenizer `old`; `home` has the new tokenizer's own. Both with a name.
+    """
     changes: dict[str, dict[str, Any]] = {}
-    notes = []
-    for name in _CONFIGS:
-        config, theirs = _config(old.folder, name), _config(home, name)
-        for path, value in _entries(config):
-            new = value
-            if path[-1] == "vocab_size" and (value == old.rows or len(path) == 1):
-                new = size
-            elif path[-1].endswith("_token_id") and home != old.folder:
-                new = _new_id(path, value, made, old.tokenizer, theirs)
-                if new is None and value is not None:
-                    notes.append(f"{name}: {path[-1]} was {value}, a token that the output hasn't")
+    notes: list[str] = []
+    for file in CONFIGS:
+        theirs = read_json(home[1], file, home[0])
+        for path, value in _entries(read_json(origin[1], file, origin[0])):
+            if not path[-1].endswith("_token_id"):
+                continue
+            new = _new_id(path, value, made, old, theirs)
+            if new is None and value is not None:
+                notes.append(f"{file}: {path[-1]} was {value}, a token that the output hasn't")
             if new != value:
-                _set(changes.setdefault(name, {}), path, new)
-        said = any(path[-1] == "vocab_size" for path, _ in _entries(config))
-        if name == "config.json" and config and size != old.rows and not said:
-            changes.setdefault(name, {})["vocab_size"] = size
+                _set(changes.setdefault(file, {}), path, new)
     return changes, notes
 
 
@@ -264,12 +278,7 @@ def _set(changes: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     changes[path[-1]] = value
 
 
-def _config(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    return decode({name: path.read_bytes()}, name, str(folder)) if path.is_file() else {}
-
-
-def _rows_in_config(folder: Path) -> int:
-    """The rows that a folder's config says its embedding has; 0 if it says nothing."""
-    found = [value for path, value in _entries(_config(folder, "config.json")) if path[-1] == "vocab_size"]
+def _rows_in_config(home: Home, name: str) -> int:
+    """The rows that a model's config says its embedding has; 0 if it says nothing."""
+    found = [value for path, value in _entries(read_json(home, "config.json", name)) if path[-1] == "vocab_size"]
     return next((value for value in found if type(value) is int), 0)

@@ -10,20 +10,21 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from interfuse.checkpoints.source import Checkpoint
+from interfuse.engine.folder import files_beside
 from interfuse.engine.global_trim import global_cuts
 from interfuse.engine.merging import Merging
 from interfuse.engine.opening import open_references
 from interfuse.engine.outputs import job
 from interfuse.engine.scheduler import run_jobs
 from interfuse.engine.selection import Cut
-from interfuse.errors import CheckpointError, Problem, RecipeError
+from interfuse.errors import CheckpointError, UserError
 from interfuse.plan import Output, Plan, plan_merge
 from interfuse.recipe import Recipe
 from interfuse.recipe.pieces import references
@@ -48,30 +49,33 @@ def plan_recipes(recipes: Sequence[Recipe], *, compat: bool = False, scratch: Pa
     given: dict[str, Checkpoint] = {}
     stages: list[Planned] = []
     for recipe in recipes:
-        plan, sources = _planned(recipe, given, compat)
+        plan, sources = plan_recipe(recipe, given, compat=compat)
+        plan = replace(plan, earlier=tuple(stage.plan.digest() for stage in stages))
         stages.append(Planned(recipe.name, plan, sources))
         if recipe.name is not None:
             given[recipe.name] = merged(recipe.name, plan, sources, scratch)
     return stages
 
 
-def _planned(recipe: Recipe, given: Mapping[str, Checkpoint], compat: bool) -> tuple[Plan, list[Checkpoint]]:
-    _refuse_vocabularies(recipe)
+def plan_recipe(
+    recipe: Recipe, given: Mapping[str, Checkpoint] | None = None, *, compat: bool = False
+) -> tuple[Plan, list[Checkpoint]]:
+    """A recipe's plan, and the checkpoints that it is for; those `given` by name are taken as they are."""
     checkpoints = open_references(references(recipe), given)
-    return plan_merge(recipe, checkpoints, compat=compat), list(checkpoints.values())
+    if recipe.tokenizer_source is None and recipe.tokenizer is None and recipe.chat_template is None:
+        return plan_merge(recipe, checkpoints, compat=compat), list(checkpoints.values())
+    from interfuse.engine.wording import leveled, reworded, together  # most merges do without
 
-
-def _refuse_vocabularies(recipe: Recipe) -> None:
-    """The base's tokenizer comes along by itself; rows in another tokenizer's order aren't merged by a run yet."""
-    asked = {
-        "tokenizer_source": recipe.tokenizer_source not in (None, "base"),
-        "tokenizer": recipe.tokenizer is not None,
-        "chat_template": recipe.chat_template is not None,
-    }
-    wrong = "isn't supported by this version"
-    problems = [Problem(key, wrong, "remove the key, or give tokenizer_source: base") for key, given in asked.items() if given]
-    if problems:
-        raise RecipeError(*problems)
+    try:
+        checkpoints, wording = reworded(recipe, checkpoints, given or {})
+    except UserError as error:
+        try:
+            plan_merge(recipe, leveled(checkpoints), compat=compat)
+        except UserError as further:
+            raise together([error, further]) from None
+        raise
+    plan = plan_merge(recipe, checkpoints, compat=compat)
+    return replace(plan, wording=wording, notes=(*plan.notes, *wording.notes)), list(checkpoints.values())
 
 
 def merged(name: str, plan: Plan, sources: Sequence[Checkpoint], scratch: Path | None) -> Checkpoint:
@@ -79,7 +83,8 @@ def merged(name: str, plan: Plan, sources: Sequence[Checkpoint], scratch: Path |
     stage = _Stage(plan, sources, scratch)
     places = {output.name: _Merged(stage, output) for output in plan.outputs}
     lead = sources[plan.lead]
-    return Checkpoint(name, plan.specs, lead.folder, places, within=tuple(sources), stems=lead.stems, store=lead.store)
+    beside, _ = files_beside(plan, sources)
+    return replace(lead, name=name, specs=plan.specs, places=places, declared={}, within=tuple(sources), beside=beside)
 
 
 class _Stage:
@@ -117,6 +122,9 @@ class _Array:
 
     def write(self, name: str, start: int, array: np.ndarray) -> None:
         self.array[start : start + array.size] = array
+
+    def back(self, name: str, start: int, room: np.ndarray) -> None:
+        """Nothing: it is read right away."""
 
 
 @dataclass(frozen=True)

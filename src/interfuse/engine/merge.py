@@ -17,11 +17,11 @@ from pydantic import ValidationError
 
 from interfuse.checkpoints.source import Checkpoint, open_checkpoint
 from interfuse.checkpoints.writer import MemoryWriter, whole_folder
+from interfuse.engine.chain import plan_recipe
 from interfuse.engine.folder import merge_into
 from interfuse.engine.local import execute
-from interfuse.engine.opening import open_references
 from interfuse.errors import CheckpointError, ModelError, OptionError, Problem, UserError, nearest
-from interfuse.plan import Plan, plan_merge
+from interfuse.plan import Plan
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import form_problems
 from interfuse.recipe.pieces import references
@@ -41,6 +41,8 @@ def merge(
     resume: bool = False,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     dtype: str | torch.dtype | None = None,
+    tokenizer: str | Path | Mapping[str, Any] | None = None,
+    chat_template: str | None = None,
     seed: int = 0,
     threads: int | None = None,
     allow_nonfinite: bool = False,
@@ -55,11 +57,13 @@ def merge(
     how it was made; `overwrite` lets it replace a folder, `resume` goes on where a run that was killed was.
 
     `weights` is one number a model (1 each; a mapping goes by the models' names), `dtype` the type of the result's
-    floating-point tensors (that of the base or first), `seed` that of all chance, `threads` how many (as many as there are
-    processors; the bytes are the same). `options` are the method's own, in any form that a recipe may have them: a
-    number, a list over depth, filters; one with a value a model may also be a mapping by the models' names. An option
-    named `lambda` is also taken as `lambda_`. NaN or infinity is an error unless `allow_nonfinite`. Raises `OptionError`,
-    `CheckpointError` or, for modules, `ModelError`, with every mismatch, and then nothing is written.
+    floating-point tensors (that of the base or first). `tokenizer` (`"union"`, `"base"`, a model's path, or what a recipe has
+    under `tokenizer`) gives models of other tokens, as paths, one vocabulary; `chat_template` is as in a recipe. `seed` is
+    that of all chance, `threads` how many (as many as there are processors; the bytes are the same). `options` are the
+    method's own, in any form that a recipe may have them: a number, a list over depth, filters; one with a value a model
+    may also be a mapping by the models' names. An option named `lambda` is also taken as `lambda_`. NaN or infinity is an
+    error unless `allow_nonfinite`. Raises `OptionError`, `CheckpointError`, `RecipeError` for the tokenizer or, for modules,
+    `ModelError`, with every mismatch, and then nothing is written.
     """
     if isinstance(models, (str, Path)):
         raise OptionError(Problem("models", f"got {str(models)!r}", "give a list of models"))
@@ -71,12 +75,13 @@ def merge(
     if kind != "path" and out is not None:
         raise OptionError(Problem("out", f"got {str(out)!r}", f"a merge of {kind}s is returned: leave it out"))
     given, called, ancestor = _named(refs, base, names, in_memory=kind != "path")
-    recipe = _recipe(method, called, ancestor, names, weights, None if dtype is None else str(dtype), seed, options)
+    words = _words(tokenizer, chat_template, kind)
+    recipe = _recipe(method, called, ancestor, names, weights, None if dtype is None else str(dtype), seed, options, words)
     try:
-        checkpoints = open_references(references(recipe), given)
-        plan, sources = plan_merge(recipe, checkpoints), list(checkpoints.values())
+        plan, sources = plan_recipe(recipe, given)
         if kind == "path":
-            inputs = [path for ref in checkpoints for path in (ref.path, ref.lora) if path is not None and Path(path).exists()]
+            paths = [path for ref in references(recipe) for path in (ref.path, ref.lora) if path is not None]
+            inputs = [path for path in paths if Path(path).exists()]
             with whole_folder(Path(out or ""), overwrite=overwrite, inputs=inputs, resume=resume) as folder:
                 merge_into(
                     plan, sources, folder, recipes=[recipe.model_dump(exclude_defaults=True)],
@@ -91,6 +96,18 @@ def merge(
         raise
     reference = refs[0] if base is None else base
     return (_as_module if kind == "module" else _as_mapping)(reference, writer.tensors, plan)
+
+
+def _words(tokenizer: str | Path | Mapping[str, Any] | None, chat_template: str | None, kind: str) -> dict[str, Any]:
+    """What a recipe has of the tokenizer; only folders have one."""
+    given = {"tokenizer": tokenizer, "chat_template": chat_template}
+    allowed = f"{kind}s have no tokenizer: leave it out"
+    wrong = [Problem(key, f"got {value!r}", allowed) for key, value in given.items() if value is not None]
+    if wrong and kind != "path":
+        raise OptionError(*wrong)
+    key = "tokenizer" if isinstance(tokenizer, Mapping) else "tokenizer_source"
+    words = {key: str(tokenizer) if isinstance(tokenizer, Path) else tokenizer, "chat_template": chat_template}
+    return {key: value for key, value in words.items() if value is not None}
 
 
 def _named(
@@ -122,6 +139,7 @@ def _recipe(
     dtype: str | None,
     seed: int,
     options: dict[str, Any],
+    words: dict[str, Any],
 ) -> Recipe:
     """The recipe that says the same; what is wrong with it is an `OptionError`."""
     chosen = _weights(weights, names)
@@ -140,6 +158,7 @@ def _recipe(
         "models": [{"model": m, "parameters": p} for m, p in zip(models, own, strict=True)],
         "parameters": shared,
         "seed": seed,
+        **words,
     }
     content |= {} if base is None else {"base_model": base}
     content |= {} if dtype is None else {"out_dtype": dtype}

@@ -6,15 +6,19 @@ What is elsewhere is opened from its headers, and fetched (`fetch`) when a plan 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from interfuse.checkpoints.adapters import Adapter, open_adapter
+from interfuse.checkpoints.config import output_config
+from interfuse.checkpoints.embedding import embedding_rows
 from interfuse.checkpoints.lora import with_adapter
 from interfuse.checkpoints.remote import free_space_problems, open_anywhere, open_store, place_of, side_files
 from interfuse.checkpoints.source import Checkpoint
 from interfuse.checkpoints.store import RemoteFile, Store
 from interfuse.checkpoints.store import fetch as fetch_files
+from interfuse.checkpoints.tokenizer import encode, has_tokenizer, tokenizer_files
 from interfuse.errors import CheckpointError, Problem, UserError
-from interfuse.plan import Plan
+from interfuse.plan import Plan, config_of
 from interfuse.recipe.references import Reference
 
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
@@ -41,7 +45,24 @@ def _open(reference: Reference, given: Mapping[str, Checkpoint]) -> Checkpoint:
     checkpoint = plain if plain is not None else open_anywhere(reference.path, reference.revision)
     if reference.lora is None:
         return checkpoint
-    return with_adapter(checkpoint, _adapter(reference.lora, reference.lora_revision))
+    adapter = _adapter(reference.lora, reference.lora_revision)
+    model = with_adapter(checkpoint, adapter)
+    return replace(model, beside={**checkpoint.beside, **_beside(checkpoint, model, adapter)})
+
+
+def _beside(before: Checkpoint, model: Checkpoint, adapter: Adapter) -> dict[str, bytes | None]:
+    """What a model with an adapter has otherwise than the model: the adapter's tokenizer, and in its config the rows."""
+    files: dict[str, bytes | None] = {}
+    theirs = tokenizer_files(adapter.folder)
+    if has_tokenizer(theirs):
+        fetch_side_files(before)
+        mine = tokenizer_files(before.folder) if before.folder else {}
+        there = tokenizer_files({name: content for name, content in before.beside.items() if content is not None})
+        files |= {**dict.fromkeys([*mine, *there]), **theirs}
+    rows, config = (embedding_rows(before.specs), embedding_rows(model.specs)), config_of(before)
+    if config is not None and rows[0] is not None and rows[1] is not None and rows[0] != rows[1]:
+        files["config.json"] = encode(output_config([config], 0, {}, {}, vocabulary=(rows[0], rows[1]))[0])
+    return files
 
 
 def _adapter(path: str, revision: str | None) -> Adapter:
@@ -51,7 +72,7 @@ def _adapter(path: str, revision: str | None) -> Adapter:
     file = next((name for name in _ADAPTER if name in where.sizes), None)
     if file is None or "adapter_config.json" not in where.sizes:
         raise CheckpointError(Problem(where.name, "holds no LoRA adapter", f"a file is missing: {' or '.join(_ADAPTER)}"))
-    where.get(["adapter_config.json"], False)
+    where.get(["adapter_config.json", *side_files(where)], False)
     return open_adapter(where.folder, open_store(where, file))
 
 

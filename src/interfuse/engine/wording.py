@@ -1,0 +1,193 @@
+"""The words of a merge: what `tokenizer_source`, `tokenizer` and `chat_template` make of its models and its output.
+
+Decided from headers and tokenizer files, before there is a plan: models whose embeddings all have the output's rows, and the
+files that go beside its weights. Which tokens and rows these are is for `checkpoints.vocabulary` to say; no tensor is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from interfuse.checkpoints.chat import template_of, with_chat_template
+from interfuse.checkpoints.embedding import Fill, embedding_rows, resized, vocabulary_tensors, with_vocabulary
+from interfuse.checkpoints.names import match_names
+from interfuse.checkpoints.remote import place_of, side_files
+from interfuse.checkpoints.source import Checkpoint
+from interfuse.checkpoints.store import Store
+from interfuse.checkpoints.ties import tie
+from interfuse.checkpoints.tokenizer import Home, has_tokenizer, tokenizer_files
+from interfuse.checkpoints.vocabulary import CONFIGS, Vocabulary, described, vocabulary
+from interfuse.engine.opening import fetch_side_files, open_references
+from interfuse.errors import CheckpointError, Problem, RecipeError, UserError
+from interfuse.plan import Wording, config_of
+from interfuse.recipe import Recipe
+from interfuse.recipe.merges import tokenizer_models
+from interfuse.recipe.pieces import pieces
+from interfuse.recipe.references import Reference
+
+Models = Mapping[str, Checkpoint]
+
+
+def reworded(
+    recipe: Recipe, checkpoints: Mapping[Reference, Checkpoint], given: Models
+) -> tuple[dict[Reference, Checkpoint], Wording]:
+    """The checkpoints with one vocabulary, and what the output is to say of it.
+
+    `given` are the results of earlier recipes by name. Everything wrong is one `RecipeError`, or a `CheckpointError` where a
+    model is at fault too.
+    """
+    first = pieces(recipe)[0]
+    lead = Reference.parse(first.base or first.sources[0].model)
+    models = {str(reference): checkpoints[reference] for reference in dict.fromkeys([lead, *checkpoints])}
+    homes = {key: _home(model) for key, model in models.items()}
+    errors: list[UserError] = []
+    found, tensors = None, {}
+    choice = _choice(recipe)
+    if choice is not None:
+        try:
+            tensors = _tensors(models)
+            sizes = {key: _rows(model) for key, model in models.items()}
+            base = None if first.base is None else str(lead)
+            found = vocabulary(choice, homes, base, sizes, _elsewhere(recipe, homes, given))
+            models = {key: _with(found, key, models, tensors[key]) for key in models}
+        except UserError as error:
+            errors.append(error)
+    try:
+        files, notes = _files(recipe, str(lead), homes, found)
+    except UserError as error:
+        errors.append(error)
+    if errors:
+        raise together(errors)
+    wording = Wording(files, notes=notes, digest=_digest(files, found))
+    if found is not None:
+        rows = _rows(checkpoints[lead]), found.size
+        lines = (*described(found), f"tensors: {', '.join(tensors[str(lead)])}")
+        wording = wording._replace(changes=found.changes, rows=rows, lines=lines, notes=(*found.notes, *notes))
+    return {reference: models[str(reference)] for reference in checkpoints}, wording
+
+
+def together(errors: Sequence[UserError]) -> UserError:
+    """One error with the problems of all: of their class, or a `CheckpointError` if they are of several."""
+    kinds = list(dict.fromkeys(map(type, errors)))
+    problems = dict.fromkeys(problem for error in errors for problem in error.problems)
+    return (kinds[0] if len(kinds) == 1 else CheckpointError)(*problems)
+
+
+def leveled(checkpoints: Mapping[Reference, Checkpoint]) -> dict[Reference, Checkpoint]:
+    """The checkpoints as if their vocabularies had one size: to see what else is wrong where they couldn't be united."""
+    found = {}
+    for reference, checkpoint in checkpoints.items():
+        try:
+            names = vocabulary_tensors(checkpoint.specs, embedding_rows(checkpoint.specs) or 0, checkpoint.name)
+        except CheckpointError:
+            names = ()  # said already
+        specs = {name: resized(spec, 1) if name in names else spec for name, spec in checkpoint.specs.items()}
+        found[reference] = replace(checkpoint, specs=specs)
+    return found
+
+
+def _choice(recipe: Recipe) -> str | dict[str, Any] | None:
+    if recipe.tokenizer is not None:
+        return recipe.tokenizer.model_dump(exclude_none=True)
+    return recipe.tokenizer_source
+
+
+def _home(checkpoint: Checkpoint) -> Home | None:
+    """Where a model's tokenizer and config are: its folder, or the files themselves where it has others than that."""
+    fetch_side_files(checkpoint)
+    folder = checkpoint.folder
+    if not checkpoint.beside or folder is None:
+        return folder
+    configs = {name: (folder / name).read_bytes() for name in CONFIGS if (folder / name).is_file()}
+    files: dict[str, bytes | None] = {**tokenizer_files(folder), **configs, **checkpoint.beside}
+    return {name: content for name, content in files.items() if content is not None}
+
+
+def _elsewhere(recipe: Recipe, homes: Mapping[str, Home | None], given: Models) -> dict[str, Home]:
+    """The files of a model that isn't merged and whose tokenizer is asked for; a folder on this machine is itself the place."""
+    found: dict[str, Home] = {}
+    for path, value in tokenizer_models(recipe):
+        reference = Reference.parse(value)
+        if path not in ("tokenizer_source", "tokenizer.source") or str(reference) in homes or Path(reference.path).is_dir():
+            continue
+        home: Home | None
+        if reference.path in given or reference.lora is not None:
+            home = _home(open_references([reference], given)[reference])
+        else:
+            where, _ = place_of(reference.path, reference.revision)
+            home = where.folder if isinstance(where, Store) else where
+            if isinstance(where, Store):
+                where.get(side_files(where), False)
+        if home is not None:
+            found[str(reference)] = home
+    return found
+
+
+def _rows(checkpoint: Checkpoint) -> int:
+    return embedding_rows(checkpoint.specs) or 0
+
+
+def _tensors(models: Models) -> dict[str, tuple[str, ...]]:
+    """The tensors of each model that hold a vocabulary; a model without an embedding is refused."""
+    found: dict[str, tuple[str, ...]] = {}
+    problems: list[Problem] = []
+    for key, model in models.items():
+        try:
+            if not _rows(model):
+                wrong = "no embedding of tokens is found in it, whose rows would follow a tokenizer"
+                raise CheckpointError(Problem(key, wrong, "leave the tokenizer's keys out"))
+            found[key] = vocabulary_tensors(model.specs, _rows(model), key)
+        except CheckpointError as error:
+            problems += error.problems
+    if problems:
+        raise CheckpointError(*problems)
+    return found
+
+
+def _with(found: Vocabulary, key: str, models: Models, names: Sequence[str]) -> Checkpoint:
+    """A model with the output's rows, those that it lacks filled from models that may call their tensors otherwise."""
+    model = models[key]
+    donors = {other: _named_as(model, checkpoint, names) for other, checkpoint in models.items()}
+    return with_vocabulary(model, found.rows[key], Fill(found.donors, found.zero, donors), names)
+
+
+def _named_as(model: Checkpoint, other: Checkpoint, names: Sequence[str]) -> Checkpoint:
+    """`other` with `model`'s names for the tensors `names`, those that are tied in it under both."""
+    if other is model or all(name in other.specs for name in names):
+        return other
+    there, _ = match_names(model.specs, other.specs)
+    there, _ = tie(there, other.specs, config_of(other), model.specs)
+    there = {name: there[name] for name in names if name in there}
+    specs = {name: other.specs[own] for name, own in there.items()}
+    return replace(other, specs=specs, places={name: other.places[own] for name, own in there.items()}, within=(other,))
+
+
+def _files(
+    recipe: Recipe, lead: str, homes: Mapping[str, Home | None], found: Vocabulary | None
+) -> tuple[dict[str, bytes | None], tuple[str, ...]]:
+    """The output's tokenizer files, None for those of the lead that go, and notes."""
+    theirs = tokenizer_files(homes[lead] or {})
+    files, notes = theirs if found is None else found.files, tuple[str, ...]()
+    if recipe.chat_template is not None:
+        if not has_tokenizer(files):
+            wrong = f"{lead} has no tokenizer files that it could go with"
+            raise RecipeError(Problem("chat_template", wrong, "leave it out"))
+        templates = [None if home is None else template_of(tokenizer_files(home), key) for key, home in homes.items()]
+        files, notes = with_chat_template(files, recipe.chat_template, templates)
+    return {**dict.fromkeys(name for name in theirs if name not in files), **files}, notes
+
+
+def _digest(files: Mapping[str, bytes | None], found: Vocabulary | None) -> str:
+    """The SHA-256 of what determines the output: its files, and where each row comes from."""
+    digest = hashlib.sha256(json.dumps([sorted(files), found and found.changes]).encode())
+    for name in sorted(files):
+        digest.update(hashlib.sha256(files[name] or b"").digest())
+    if found is not None:
+        for array in (*found.rows.values(), *found.donors.values(), found.zero):
+            digest.update(array.tobytes())
+    return digest.hexdigest()
