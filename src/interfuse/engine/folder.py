@@ -18,6 +18,7 @@ import numpy as np
 import interfuse
 from interfuse.checkpoints.config import changed, output_config
 from interfuse.checkpoints.folders import TORCH, is_weights, split
+from interfuse.checkpoints.hashes import file_hashes, tensor_lines
 from interfuse.checkpoints.layers import find_layers
 from interfuse.checkpoints.numbers import FLOATS
 from interfuse.checkpoints.remote import OTHER_FORMS
@@ -43,6 +44,7 @@ def merge_into(
     folder: Path,
     *,
     recipes: Sequence[Mapping[str, Any]],
+    compat: bool = False,
     threads: int | None = None,
     allow_nonfinite: bool = False,
     resume: bool = False,
@@ -51,8 +53,8 @@ def merge_into(
     """Run the plan into `folder`, which is there; what `interfuse.json` then says.
 
     Weights are `model.safetensors`, or shards with an index, in each sub-folder that the plan's lead has weights in; config,
-    tokenizer and other small files come from that. What isn't on this machine is fetched first. Whatever is wrong with the
-    data is a `CheckpointError`.
+    tokenizer and other small files come from that. What isn't on this machine is fetched first. `compat` says that the plan
+    was made so. Whatever is wrong with the data is a `CheckpointError`.
     """
     fetch(plan, sources, shown=progress)
     lead = sources[plan.lead]
@@ -65,26 +67,36 @@ def merge_into(
             done=journal.note, skip=lambda output: output.name in journal.done,
         )  # fmt: skip
     journal.restore(merging)
-    output_hash = _checked(folder, plan, merging, stems)
+    there = _checked(folder, plan, merging, stems)
     journal.close()
     left_out = _copy_side_files(lead.folder, folder, list(stems)) if lead.folder else []
     beside, notes = files_beside(plan, sources)
     _put(folder, beside)
     made = provenance(plan, sources, merging, recipes)
-    record = {**made, "notes": [*made["notes"], *notes], "output": output_hash, "left_out": left_out}
+    written = {name: (spec, merging.written[name]) for name, spec in there.specs.items()}
+    record = {
+        **made,
+        "notes": [*made["notes"], *notes],
+        "left_out": left_out,
+        "mergekit_compat": compat,
+        "allow_nonfinite": allow_nonfinite,
+        "output": hash_of(written),
+        "files": file_hashes(folder, [file.path for file in there.files()]),
+        "tensors": tensor_lines(written),
+    }
     (folder / "interfuse.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return record
 
 
-def _checked(folder: Path, plan: Plan, merging: Merging, stems: Mapping[str, str]) -> str:
-    """The output's hash. Its tensors have been read back; its headers are here."""
-    there = open_folder(folder, stems=stems).specs
-    wrong = [name for name, spec in plan.specs.items() if there.get(name) != spec or name not in merging.written]
-    wrong += [name for name in there if name not in plan.specs]
+def _checked(folder: Path, plan: Plan, merging: Merging, stems: Mapping[str, str]) -> Checkpoint:
+    """The output. Its tensors have been read back; its headers are here."""
+    there = open_folder(folder, stems=stems)
+    wrong = [name for name, spec in plan.specs.items() if there.specs.get(name) != spec or name not in merging.written]
+    wrong += [name for name in there.specs if name not in plan.specs]
     if wrong:
         shown = ", ".join(map(repr, wrong[:5]))
         raise CheckpointError(Problem(str(folder), f"reads back otherwise than it was written: {shown}", "check the disk"))
-    return hash_of({name: (spec, merging.written[name]) for name, spec in there.items()})
+    return there
 
 
 def provenance(
@@ -100,7 +112,7 @@ def provenance(
         "method": plan.method,
         "recipes": list(recipes),
         "seed": plan.seed,
-        "sources": [{"model": s.name, "xxh3": read_hash(s, i, merging)} for i, s in enumerate(sources)],
+        "sources": [{"model": s.name, **read_hash(s, i, merging)} for i, s in enumerate(sources)],
         "dtypes": sorted({output.spec.dtype for output in plan.outputs}),
         "plan": plan.digest(),
         "notes": list(plan.notes),
@@ -109,10 +121,10 @@ def provenance(
     }
 
 
-def read_hash(source: Checkpoint, number: int, merging: Merging) -> str:
-    """The hash of what was read of a source: of all of it where nothing was left out."""
+def read_hash(source: Checkpoint, number: int, merging: Merging) -> dict[str, Any]:
+    """The hash of what was read of a source, and of how many tensors: of all of it where nothing was left out."""
     read = {name: (source.specs[name], found) for (i, name), found in merging.read.items() if i == number}
-    return hash_of(read)
+    return {"xxh3": hash_of(read), "tensors": len(read)}
 
 
 def _copy_side_files(source: Path, folder: Path, merged: Sequence[str]) -> list[str]:
@@ -160,7 +172,7 @@ def files_beside(plan: Plan, sources: Sequence[Checkpoint]) -> tuple[dict[str, b
     wording, lead = plan.wording, sources[plan.lead]
     files = {**lead.beside, **(wording.files if wording else {})}
     configs = [config_of(source) for source in sources]
-    config, notes = configs[plan.lead], []
+    config, notes = configs[plan.lead], list[str]()
     if config is not None:
         stored = list(dict.fromkeys(output.spec.dtype for output in plan.outputs if output.how == "merge"))
         dtype = next((name for name, kind in FLOATS.items() if [kind] == stored), None)

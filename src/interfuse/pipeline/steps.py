@@ -72,7 +72,7 @@ def run(
         if plan is not None:
             written = [read.model_dump(mode="json", exclude_defaults=True) for read in chain]
             merge_into(
-                plan, sources, folder, recipes=written,
+                plan, sources, folder, recipes=written, compat=mergekit_compat,
                 threads=threads, allow_nonfinite=allow_nonfinite, resume=resume, progress=progress,
             )  # fmt: skip
         found: Any = None
