@@ -65,14 +65,13 @@ class Wording(NamedTuple):
     """What a recipe's tokenizer and chat template make of the output: files beside its weights (None: of the lead's, one that
     goes), what its config files say instead, by file (None: nothing), the embedding's rows in the lead and in the output.
 
-    `lines` say what becomes of each model's rows; `digest` names what determines all this.
+    `notes` say what becomes of each model's rows; `digest` names what determines all this.
     """
 
     files: Mapping[str, bytes | None]
     digest: str
     changes: Mapping[str, Mapping[str, Any]] = {}
     rows: tuple[int, int] | None = None
-    lines: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -116,7 +115,6 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"{self.method}, seed {self.seed}"]
         lines += [f"source {i}: {name}{' (lead)' if i == self.lead else ''}" for i, name in enumerate(self.sources)]
-        lines += [f"vocabulary: {line}" for line in (self.wording.lines if self.wording else ())]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, *map(str, self.outputs)])
 

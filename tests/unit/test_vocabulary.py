@@ -79,11 +79,10 @@ def test_base_gives_each_model_the_base_s_tokens(folders: dict[str, Path | None]
     assert column(found, "one") == [20, 21, 12, 22]  # b is the base's
     assert column(found, "two") == [30, 11, 32, 31]  # a is the base's
     assert found.notes == (
-        "one: 5 rows become 4",
-        "one: 1 of the output's tokens are missing and get the rows of those that have them, e.g. 'b'",
+        "the output has 4 tokens in 4 rows",
+        "one: 5 rows become 4: 3 its own, 1 from base (e.g. 'b')",
         "one: 2 of its tokens aren't in the output, e.g. 'x'",
-        "two: 5 rows become 4",
-        "two: 1 of the output's tokens are missing and get the rows of those that have them, e.g. 'a'",
+        "two: 5 rows become 4: 3 its own, 1 from base (e.g. 'a')",
         "two: 2 of its tokens aren't in the output, e.g. 'y'",
     )
 
@@ -94,6 +93,30 @@ def test_union_fills_from_the_base_the_sole_owner_or_the_owners_mean(folders: di
     assert column(found, "base") == [10, 11, 12, 13, 23, (24 + 33) / 2, 34]
     assert column(found, "one") == [20, 21, 12, 22, 23, 24, 34]
     assert column(found, "two") == [30, 11, 32, 31, 23, 33, 34]
+    assert found.notes == (
+        "the output has 7 tokens in 7 rows",
+        "base: 4 rows become 7: 4 its own, 1 from one (e.g. 'x'), 1 the mean of one and two (e.g. 'y'), 1 from two (e.g. 'z')",
+        "one: 5 rows become 7: 5 its own, 1 from base (e.g. 'b'), 1 from two (e.g. 'z')",
+        "two: 5 rows become 7: 5 its own, 1 from base (e.g. 'a'), 1 from one (e.g. 'x')",
+    )
+
+
+def test_what_becomes_of_rows_is_said_by_where_they_come_from(folders: dict[str, Path | None]) -> None:
+    tokens = {"a": {"force": True, "source": {"kind": "zero"}}, "new": {}}
+    found = vocabulary({"source": "base", "tokens": tokens, "pad_to_multiple_of": 7}, folders, "base", SIZES)
+    assert found.notes[:2] == (
+        "the output has 5 tokens in 7 rows",
+        "base: 4 rows become 7: 3 its own, 1 zeros (e.g. 'a'), 3 the mean of its others (e.g. 'new')",
+    )
+    other = vocabulary(
+        {"source": "one", "pad_to_multiple_of": 1}, {"base": folders["base"], "one": folders["one"]}, None, SIZES
+    )
+    gone = "base: 1 of its tokens aren't in the output, e.g. 'b'"
+    assert other.notes[1:3] == ("base: 4 rows become 5: 3 its own, 2 from one (e.g. 'x')", gone)
+    fewer = vocabulary("base", {"base": folders["base"]}, None, {"base": 9})
+    assert fewer.notes == ("the output has 4 tokens in 9 rows",)
+    cut = vocabulary({"source": "base", "pad_to_multiple_of": 1}, {"base": folders["base"]}, None, {"base": 9})
+    assert cut.notes == ("the output has 4 tokens in 4 rows", "base: 9 rows become 4: 4 its own")
 
 
 def test_without_a_base_the_first_gives_the_tokenizer_and_the_owners_the_rows(folders: dict[str, Path | None]) -> None:
@@ -198,7 +221,7 @@ def test_a_model_without_tokenizer_has_the_base_s(folders: dict[str, Path | None
 def test_equal_vocabularies_change_nothing(tmp_path: Path) -> None:
     folders: dict[str, Path | None] = {name: put(tmp_path / name, ["a", "b"], config={"vocab_size": 3}) for name in "xyz"}
     found = vocabulary("union", folders, None, dict.fromkeys("xyz", 3))
-    assert (found.changes, found.notes) == ({}, ())
+    assert (found.changes, found.notes) == ({}, ("the output has 3 tokens in 3 rows",))
     checkpoint = open_checkpoint({"embed_tokens.weight": np.zeros((3, 2), np.float32)})
     fill = Fill(found.donors, found.zero, {})
     assert with_vocabulary(checkpoint, found.rows["y"], fill, ["embed_tokens.weight"]) is checkpoint

@@ -74,26 +74,9 @@ def vocabulary(
     size = _size(made, asked.multiple, sizes[owner] if owner else _rows_in_config(home, asked.text))
     own = {key: _own_rows(made.tokens, tokenizers[key].tokens, sizes[key], size) for key in folders}
     rows, donors, zero = _sources(asked.rules, made.tokens, tokenizers, own, base, sizes)
-    notes += _notes(made, own, donors, zero, sizes, tokenizers)
+    notes += _notes(made, rows, donors, zero, sizes, tokenizers)
     changes, more = ({}, []) if home == origin else _changes(made, tokenizers[first], (first, origin), (asked.text, home))
     return Vocabulary(made.files, made.tokens, size, rows, donors, zero, changes, tuple(notes + more))
-
-
-def described(found: Vocabulary) -> list[str]:
-    """What becomes of each model's rows: a line for the output, and one a model."""
-    lines = [f"{len(found.tokens)} tokens in {found.size} rows"]
-    for key, rows in found.rows.items():
-        missing = np.flatnonzero(rows < 0)
-        said = [f"{found.size - len(missing)} rows its own"] if len(missing) < found.size else []
-        given = np.array([theirs[missing] >= 0 for theirs in found.donors.values()])
-        given[:, found.zero[missing]] = False
-        kinds, counts = np.unique(np.vstack([found.zero[missing], given]), axis=1, return_counts=True)
-        for (zero, *from_them), count in zip(kinds.T, counts, strict=True):
-            names = [name for name, gives in zip(found.donors, from_them, strict=True) if gives]
-            how = f"from {names[0]}" if len(names) == 1 else f"the mean of {' and '.join(names)}'s"
-            said.append(f"{count} {'zeros' if zero else how if names else 'the mean of its others'}")
-        lines.append(f"{key}: {', '.join(said)}")
-    return lines
 
 
 def _tokenizers(
@@ -200,25 +183,39 @@ def _sources(
 
 def _notes(
     made: Tokenizer,
-    own: Mapping[str, np.ndarray],
+    rows: Mapping[str, np.ndarray],
     donors: Mapping[str, np.ndarray],
     zero: np.ndarray,
     sizes: Mapping[str, int],
     tokenizers: Mapping[str, Tokenizer],
 ) -> list[str]:
-    """What a reader should know of tokens that aren't everywhere."""
-    size, notes = len(zero), []
+    """What becomes of each model's rows, and what a reader should know of tokens that aren't everywhere."""
+    size, names = len(zero), {place: token for token, place in made.tokens.items()}
+    notes = [f"the output has {len(made.tokens)} tokens in {size} rows"]
     for key, mine in tokenizers.items():
-        lacking = [token for token, place in made.tokens.items() if own[key][place] < 0]
+        missing = np.flatnonzero(rows[key] < 0)
+        if len(missing) or sizes[key] != size:
+            said = [f"{size - len(missing)} its own", *_filled(missing, donors, zero, names)]
+            notes.append(f"{key}: {sizes[key]} rows become {size}: {', '.join(said)}")
         rowless = [token for token, place in mine.tokens.items() if place >= sizes[key]]
         gone = [token for token in mine.tokens if token not in made.tokens]
-        notes += [f"{key}: {sizes[key]} rows become {size}"] if sizes[key] != size else []
-        notes += _counted(key, lacking, "of the output's tokens are missing and get the rows of those that have them")
         notes += _counted(key, rowless, "of its tokens have no row in its embedding")
         notes += _counted(key, gone, "of its tokens aren't in the output")
-    nobody = ~zero & np.all([rows < 0 for rows in donors.values()], axis=0)
+    nobody = ~zero & np.all([theirs < 0 for theirs in donors.values()], axis=0)
     bare = [token for token, place in made.tokens.items() if nobody[place]]
     return notes + _counted("every model", bare, "of the output's tokens have no row anywhere and get the mean of the others")
+
+
+def _filled(missing: np.ndarray, donors: Mapping[str, np.ndarray], zero: np.ndarray, names: Mapping[int, str]) -> Iterator[str]:
+    """How many of the missing rows come from whom, those that come from the same in one, with a token of them."""
+    gives = np.array([(theirs[missing] >= 0) & ~zero[missing] for theirs in donors.values()])
+    kinds, first, counts = np.unique([*gives, zero[missing]], axis=1, return_index=True, return_counts=True)
+    for at in np.argsort(first):
+        whose = [key for key, given in zip(donors, kinds[:-1, at], strict=True) if given]
+        means = "the mean of its others" if not whose else f"the mean of {' and '.join(whose)}"
+        how = "zeros" if kinds[-1, at] else f"from {whose[0]}" if len(whose) == 1 else means
+        token = names.get(missing[first[at]])
+        yield f"{counts[at]} {how}" + ("" if token is None else f" (e.g. {token!r})")
 
 
 def _counted(key: str, tokens: list[str], what: str) -> list[str]:

@@ -21,7 +21,7 @@ from interfuse.checkpoints.source import Checkpoint
 from interfuse.checkpoints.store import Store
 from interfuse.checkpoints.ties import tie
 from interfuse.checkpoints.tokenizer import Home, has_tokenizer, tokenizer_files
-from interfuse.checkpoints.vocabulary import CONFIGS, Vocabulary, described, vocabulary
+from interfuse.checkpoints.vocabulary import CONFIGS, Vocabulary, vocabulary
 from interfuse.engine.opening import fetch_side_files, open_references
 from interfuse.errors import CheckpointError, Problem, RecipeError, UserError
 from interfuse.plan import Wording, config_of
@@ -46,15 +46,15 @@ def reworded(
     models = {str(reference): checkpoints[reference] for reference in dict.fromkeys([lead, *checkpoints])}
     homes = {key: _home(model) for key, model in models.items()}
     errors: list[UserError] = []
-    found, tensors = None, {}
+    found = None
     choice = _choice(recipe)
     if choice is not None:
         try:
-            tensors = _tensors(models)
+            names = _tensors(models)
             sizes = {key: _rows(model) for key, model in models.items()}
             base = None if first.base is None else str(lead)
             found = vocabulary(choice, homes, base, sizes, _elsewhere(recipe, homes, given))
-            models = {key: _with(found, key, models, tensors[key]) for key in models}
+            models = {key: _with(found, key, models, names[key]) for key in models}
         except UserError as error:
             errors.append(error)
     try:
@@ -66,8 +66,8 @@ def reworded(
     wording = Wording(files, notes=notes, digest=_digest(files, found))
     if found is not None:
         rows = _rows(checkpoints[lead]), found.size
-        lines = (*described(found), f"tensors: {', '.join(tensors[str(lead)])}")
-        wording = wording._replace(changes=found.changes, rows=rows, lines=lines, notes=(*found.notes, *notes))
+        where = f"its rows are in {', '.join(names[str(lead)])}"
+        wording = wording._replace(changes=found.changes, rows=rows, notes=(*found.notes, where, *notes))
     return {reference: models[str(reference)] for reference in checkpoints}, wording
 
 
