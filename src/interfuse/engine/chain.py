@@ -29,8 +29,8 @@ from interfuse.plan import Output, Plan, plan_merge
 from interfuse.recipe import Recipe
 from interfuse.recipe.pieces import references
 
-_LARGE = 2**25  # bytes from which on a tensor is kept in a file
-_HELD = 8  # tensors of a stage that are remembered
+#: Bytes from which on a tensor of an earlier recipe is kept in a file, and how many of its tensors are remembered.
+LARGE, HELD = 2**25, 8
 
 
 class Planned(NamedTuple):
@@ -108,7 +108,7 @@ class _Stage:
                 if merging.refused:
                     raise CheckpointError(*merging.refused)
                 self._held[output.name] = target.array
-                while len(self._held) > _HELD:
+                while len(self._held) > HELD:
                     self._held.popitem(last=False)
             self._held.move_to_end(output.name)
             return self._held[output.name]
@@ -141,7 +141,7 @@ class _Merged:
 
 def _room(output: Output, scratch: Path | None) -> np.ndarray:
     spec = output.spec
-    if spec.nbytes < _LARGE:
+    if spec.nbytes < LARGE:
         return np.empty(spec.count, spec.storage)
     with tempfile.TemporaryFile(dir=scratch) as file:
         file.truncate(spec.nbytes)
