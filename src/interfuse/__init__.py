@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from interfuse.errors import UserError as UserError
     from interfuse.evaluation.compare import compare as compare
     from interfuse.inference.predict import predict as predict
+    from interfuse.mixture import moe as moe
     from interfuse.models import load_model as load_model
     from interfuse.modules.ensemble import Ensemble as Ensemble
     from interfuse.modules.fused import ModelFusion as ModelFusion
@@ -55,6 +56,7 @@ _HOME = {
     "load_model": "models",
     "load_run": "pipeline",
     "merge": "engine.merge",
+    "moe": "mixture",
     "predict": "inference.predict",
     "register": "registry",
     "run": "pipeline",

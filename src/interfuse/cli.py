@@ -187,6 +187,29 @@ def extract_lora(
 
 
 @app.command()
+def moe(
+    recipe: Annotated[Path, typer.Argument(help="A recipe as mergekit-moe's, in YAML (docs/moe.md).", metavar="RECIPE")],
+    out: Annotated[Path, typer.Argument(help="The output folder; it appears whole or not at all.", metavar="OUT")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="How many CPU threads to copy with.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where the base reads prompts: cpu or cuda. Left out: cuda if there is one.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="In place of the recipe's seed.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put dense models together into a mixture of experts, with a router from prompts."""
+    from interfuse.mixture import moe as make
+
+    with _clean(as_json):
+        made = make(recipe, out, overwrite=overwrite, seed=seed, threads=threads, device=device, dry_run=dry_run)
+    typer.echo(_document(made.to_dict()) if as_json else made.text())
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
     from interfuse.recipe import recipe_schema

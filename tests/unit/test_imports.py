@@ -16,7 +16,8 @@ import interfuse
 SOURCE = Path(interfuse.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
-#: A package or module may import those on its line and above, also inside functions.
+#: A package or module may import those on its line and above, also inside functions. `mixture` stands on the merge engine,
+#: which copies its tensors, and below `pipeline`, which verifies and loads what it wrote.
 ORDER = """
 errors extras registry progress units
 checkpoints
@@ -28,6 +29,7 @@ data
 layout
 plan
 engine
+mixture
 inference
 evaluation
 training
@@ -53,6 +55,7 @@ LIGHT = (
     "layout",
     "plan",
     "engine",
+    "mixture",
     "__init__",
 )
 LIGHT_EXCEPT = ("checkpoints/tensors.py",)
@@ -77,6 +80,7 @@ PUBLIC = [
     "load_model",
     "load_run",
     "merge",
+    "moe",
     "predict",
     "register",
     "run",

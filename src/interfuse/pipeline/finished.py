@@ -55,6 +55,8 @@ def load_run(folder: str | Path, *, trust_code: bool = False) -> nn.Module:
     from interfuse.saving import load
 
     about = description(folder)
+    if about.get("kind") == "mixture":
+        return load_model(str(folder), trust_code=trust_code)
     if not (Path(folder) / RECIPE).is_file():
         return load(folder, trust_code=trust_code)
     recipe = load_recipe(Path(folder) / RECIPE)
