@@ -123,10 +123,15 @@ def header_of(file: str, size: int, read: Callable[[int, int], bytes], first: in
         raise CheckpointError(_damaged(file, wrong))
     if len(head) < 8 + length:
         head += read(len(head), 8 + length)
-    return _entries(file, _parse(file, head[8 : 8 + length]), start=8 + length, end=size)
+    found, problems = _parsed(head[8 : 8 + length], size)
+    if problems:
+        raise CheckpointError(*(_damaged(file, wrong) for wrong in problems))
+    return dict(found)
 
 
-def _parse(file: str, text: bytes) -> dict[str, Any]:
+@functools.lru_cache(maxsize=64)  # fine-tunes of one model have the same header, to the byte
+def _parsed(text: bytes, end: int) -> tuple[dict[str, Entry], list[str]]:
+    """The entries in a header of a file of `end` bytes, and what is wrong with them."""
     repeated: list[str] = []
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -138,29 +143,25 @@ def _parse(file: str, text: bytes) -> dict[str, Any]:
     try:
         entries = json.loads(text.decode(), object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(_damaged(file, f"the header isn't JSON ({type(error).__name__})")) from None
+        return {}, [f"the header isn't JSON ({type(error).__name__})"]
     if repeated:
-        raise CheckpointError(*(_damaged(file, f"{name!r} is there more than once") for name in repeated))
+        return {}, [f"{name!r} is there more than once" for name in repeated]
     if not isinstance(entries, dict):
-        raise CheckpointError(_damaged(file, f"the header is a {type(entries).__name__}, not an object"))
+        return {}, [f"the header is a {type(entries).__name__}, not an object"]
     entries.pop(_METADATA, None)
-    return entries
+    return _entries(entries, 8 + len(text), end)
 
 
-def _entries(file: str, entries: dict[str, Any], start: int, end: int) -> dict[str, Entry]:
+def _entries(entries: dict[str, Any], start: int, end: int) -> tuple[dict[str, Entry], list[str]]:
     found: dict[str, Entry] = {}
-    problems = []
+    wrong = []
     for name, entry in entries.items():
         spec = _spec(entry, end - start)
         if isinstance(spec, str):
-            problems.append(_damaged(file, f"tensor {name!r}: {spec}"))
+            wrong.append(f"tensor {name!r}: {spec}")
         else:
             found[name] = Entry(spec, start + entry["data_offsets"][0])
-    if not problems:
-        problems = [_damaged(file, wrong) for wrong in _gaps(found, start, end)]
-    if problems:
-        raise CheckpointError(*problems)
-    return found
+    return found, wrong or _gaps(found, start, end)
 
 
 def _spec(entry: Any, size: int) -> TensorSpec | str:
