@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from interfuse.data import load_data as load_data
     from interfuse.engine.extract import extract_lora as extract_lora
     from interfuse.engine.merge import merge as merge
+    from interfuse.engine.task_model import task_model as task_model
     from interfuse.errors import CheckpointError as CheckpointError
     from interfuse.errors import DataError as DataError
     from interfuse.errors import InterfuseError as InterfuseError
@@ -61,6 +62,7 @@ _HOME = {
     "register": "registry",
     "run": "pipeline",
     "save": "saving",
+    "task_model": "engine.task_model",
     "write_report": "report.html",
 }
 

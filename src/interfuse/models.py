@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from interfuse.checkpoints.source import open_checkpoint
+from interfuse.checkpoints.tasks import open_task, split_task
 from interfuse.checkpoints.tensors import to_tensor
 from interfuse.errors import CheckpointError, ModelError, Problem
 from interfuse.extras import require
@@ -30,9 +31,9 @@ _ENDLESS = 10**9  # tokens; a tokenizer that knows no greatest length says 10**3
 def load_model(ref: str, *, weights: str | Path | None = None, trust_code: bool = False, exactly: bool = False) -> nn.Module:
     """The network that `ref` names, in evaluation mode.
 
-    ref: a folder with a Transformers `config.json`, a hub id (`name/model` or `name/model@revision`), or
-        `python:package.module:function`, a function without arguments that returns an `nn.Module`; this runs code, and
-        needs `trust_code`.
+    ref: a folder with a Transformers `config.json`, `folder#task` for a task of a merge that has an output for each, a hub
+        id (`name/model` or `name/model@revision`), or `python:package.module:function`, a function without arguments that
+        returns an `nn.Module`; this runs code, and needs `trust_code`.
     weights: a file or folder of tensors to fill the network with; names and shapes must match exactly.
     exactly: keep the tensors' types as they're stored, half precision too; else they become float32.
 
@@ -43,6 +44,9 @@ def load_model(ref: str, *, weights: str | Path | None = None, trust_code: bool 
         if not isinstance(made, nn.Module):
             raise ModelError(Problem(ref, f"returned {type(made).__name__}", "a function that returns a torch.nn.Module"))
         network = made
+    elif (task := split_task(ref)) is not None:
+        network = _from_transformers(str(task[0]), exactly)
+        weights = ref if weights is None else weights
     else:
         network = _from_transformers(ref, exactly)
     if weights is not None:
@@ -54,6 +58,7 @@ def load_tokenizer(ref: str) -> Any:
     """The tokenizer that lies with the network `ref`, or None where there is none."""
     if ref.startswith(CODE):
         return None
+    ref = str(task[0]) if (task := split_task(ref)) is not None else ref
     name, revision = _split(ref)
     folder = Path(name)
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
@@ -150,7 +155,7 @@ def fill(network: nn.Module, weights: str | Path, *, exactly: bool = False) -> N
 
     Of tensors that are tied in the network one is enough. exactly: the network takes on the tensors' types, too.
     """
-    checkpoint = open_checkpoint(weights)
+    checkpoint = open_checkpoint(weights) if (task := split_task(weights)) is None else open_task(*task)
     state = network.state_dict()
     there = {place(tensor) for name, tensor in state.items() if name in checkpoint.specs}
     problems = []

@@ -85,6 +85,7 @@ PUBLIC = [
     "register",
     "run",
     "save",
+    "task_model",
     "write_report",
 ]
 

@@ -24,13 +24,17 @@ from interfuse.checkpoints.numbers import FLOATS
 from interfuse.checkpoints.remote import OTHER_FORMS
 from interfuse.checkpoints.shards import ShardWriter
 from interfuse.checkpoints.source import Checkpoint, hash_of, open_folder
+from interfuse.checkpoints.tasks import FOLDER as TASKS
+from interfuse.checkpoints.tasks import TABLE
 from interfuse.checkpoints.tokenizer import decode, encode
 from interfuse.engine.journal import Journal
 from interfuse.engine.local import execute
 from interfuse.engine.merging import Merging
 from interfuse.engine.opening import fetch
+from interfuse.engine.per_task import write_tasks
 from interfuse.errors import CheckpointError, Problem
 from interfuse.plan import Plan, config_of
+from interfuse.recipe import Recipe
 from interfuse.registry import find
 
 #: What speaks of the copied model alone: its card, and how it was itself made.
@@ -68,6 +72,7 @@ def merge_into(
         )  # fmt: skip
     journal.restore(merging)
     there = _checked(folder, plan, merging, stems)
+    write_tasks(plan, merging, folder, Recipe.model_validate(recipes[-1]), threads=threads)
     journal.close()
     left_out = _copy_side_files(lead.folder, folder, list(stems)) if lead.folder else []
     beside, notes = files_beside(plan, sources)
@@ -132,6 +137,8 @@ def _copy_side_files(source: Path, folder: Path, merged: Sequence[str]) -> list[
     left_out: list[str] = []
     for item in sorted(source.iterdir()):
         if item.name.startswith(".") or item.name in _ITS_OWN or (folder / item.name).is_file():
+            continue
+        if item.name == TASKS and (item / TABLE).is_file():  # masks of another trunk
             continue
         if item.name.startswith("checkpoint-"):  # what a trainer kept on the way
             left_out.append(item.name)

@@ -6,6 +6,7 @@ Modules and mappings are merged in memory, paths from file to file. No arithmeti
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from interfuse.checkpoints.source import Checkpoint, open_checkpoint
+from interfuse.checkpoints.tasks import on_disk
 from interfuse.checkpoints.writer import MemoryWriter, whole_folder
 from interfuse.engine.chain import plan_recipe
 from interfuse.engine.folder import merge_into
@@ -24,6 +26,7 @@ from interfuse.errors import CheckpointError, ModelError, OptionError, Problem, 
 from interfuse.plan import Plan
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import form_problems
+from interfuse.recipe.merges import gives_tasks
 from interfuse.recipe.pieces import references
 from interfuse.registry import problems_of
 
@@ -77,11 +80,13 @@ def merge(
     given, called, ancestor = _named(refs, base, names, in_memory=kind != "path")
     words = _words(tokenizer, chat_template, kind)
     recipe = _recipe(method, called, ancestor, names, weights, None if dtype is None else str(dtype), seed, options, words)
+    if kind != "path" and gives_tasks(recipe):
+        raise OptionError(Problem("output", f"got 'per_task' for {kind}s", "give paths, and out=FOLDER: it's a folder's form"))
     try:
         plan, sources = plan_recipe(recipe, given)
         if kind == "path":
             paths = [path for ref in references(recipe) for path in (ref.path, ref.lora) if path is not None]
-            inputs = [path for path in paths if Path(path).exists()]
+            inputs = [path for ref in paths if (path := on_disk(ref)) is not None]
             with whole_folder(Path(out or ""), overwrite=overwrite, inputs=inputs, resume=resume) as folder:
                 merge_into(
                     plan, sources, folder, recipes=[recipe.model_dump(exclude_defaults=True)],
@@ -155,7 +160,10 @@ def _recipe(
             shared[option] = list(value) if isinstance(value, tuple) else value
     content: dict[str, Any] = {
         "merge_method": method,
-        "models": [{"model": m, "parameters": p} for m, p in zip(models, own, strict=True)],
+        "models": [
+            {"model": m, "parameters": p} | ({"name": n} if n != m and re.fullmatch(r"[A-Za-z0-9_-]+", n) else {})
+            for m, n, p in zip(models, names or models, own, strict=True)
+        ],
         "parameters": shared,
         "seed": seed,
         **words,

@@ -12,10 +12,11 @@ from interfuse.checkpoints.adapters import Adapter, open_adapter
 from interfuse.checkpoints.config import output_config
 from interfuse.checkpoints.embedding import embedding_rows
 from interfuse.checkpoints.lora import with_adapter
-from interfuse.checkpoints.remote import free_space_problems, open_anywhere, open_store, place_of, side_files
+from interfuse.checkpoints.remote import free_space_problems, open_store, place_of, side_files
 from interfuse.checkpoints.source import Checkpoint
 from interfuse.checkpoints.store import RemoteFile, Store
 from interfuse.checkpoints.store import fetch as fetch_files
+from interfuse.checkpoints.tasks import open_model
 from interfuse.checkpoints.tokenizer import encode, has_tokenizer, tokenizer_files
 from interfuse.errors import CheckpointError, Problem, UserError
 from interfuse.plan import Plan, config_of
@@ -42,7 +43,7 @@ def open_references(
 
 def _open(reference: Reference, given: Mapping[str, Checkpoint]) -> Checkpoint:
     plain = given.get(reference.path)
-    checkpoint = plain if plain is not None else open_anywhere(reference.path, reference.revision)
+    checkpoint = plain if plain is not None else open_model(reference.path, reference.revision)
     if reference.lora is None:
         return checkpoint
     adapter = _adapter(reference.lora, reference.lora_revision)

@@ -8,8 +8,8 @@ https://arxiv.org/abs/2405.17461; Reinforced Agent Merging, https://arxiv.org/ab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -25,6 +25,10 @@ _RAM = "https://arxiv.org/abs/2601.13572"
 
 _FINITE = Field(ge=0, allow_inf_nan=False)
 
+Output = Annotated[
+    Literal["merged", "per_task"],
+    Field(description="per_task: the output folder also has, for each model, what makes its own task's model of the merge."),
+]
 Epsilon = Annotated[float, _FINITE, Field(description="Entries of a delta up to this size count as unchanged.")]
 
 
@@ -59,34 +63,41 @@ def consensus(
         ),
     ] = (0.4,),
     lambda_: Scale = 1.0,
+    output: Output = "merged",
 ) -> Merge:
     """The sum of task vectors at the entries that at least `k` models use: t0 + lambda D, D = sum d_i, elsewhere t0.
 
     Model i uses an entry where |d_i| >= threshold_i |D - d_i|. The paper calls `threshold` lambda, and picks it from 0.2 to
     0.6 for each task; `lambda` is, as everywhere here, what the merged delta is multiplied by. `k` 0 is task arithmetic, 1
-    drops what no model uses, 2 also what one alone uses; more than there are models is an `OptionError`.
+    drops what no model uses, 2 also what one alone uses; more than there are models is an `OptionError`. With `output:
+    per_task` nothing is dropped, and a task's model is the base but for the entries that it uses: a mask of a bit an entry.
     """
     if k > tensor.models:
         wrong = f"got {k} with {tensor.models} models, which keeps nothing"
         raise OptionError(Problem("parameters.k", wrong, f"at most {tensor.models}"))
-    scale, least = _column(weights), _column(threshold)
+    wanted = k if output == "merged" else 0
 
     def merge(block: Block) -> np.ndarray:
-        deltas = block.deltas * scale
-        total = _sum(deltas)
-        used = (abs(deltas) >= least * abs(total - deltas)).sum(0)
-        return np.where(used >= k, total * np.float32(lambda_), np.float32(0))
+        used, total = _used(block, weights, threshold)
+        return np.where(used.sum(0) >= wanted, total * np.float32(lambda_), np.float32(0))
 
     return merge
 
 
+def _used(block: Block, weights: Sequence[float], threshold: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Which entries each model uses, bool [M, n], and the sum of the deltas [n]."""
+    deltas = block.deltas * _column(weights)
+    total = _sum(deltas)
+    return abs(deltas) >= _column(threshold) * abs(total - deltas), total
+
+
 @register("emr", "weights", form="blocks", paper="https://arxiv.org/abs/2405.17461", needs="a base")
-def emr(tensor: Blocks, weights: Sequence[float]) -> Merge:
+def emr(tensor: Blocks, weights: Sequence[float], *, output: Output = "merged") -> Merge:
     """The unified task vector of EMR-Merging: the sign of sum d_i, the largest |d_i| among those of that sign.
 
     That is a trunk for all tasks. The model of one task is t0 + s_i (m_i * unified), with a mask of one bit an entry
-    (`emr_masks`) and one number for the whole model (`emr_scales` of the sums over tensors of `emr_sums`). 0 where the sum
-    is 0.
+    (`emr_masks`) and one number for the whole model (`emr_scales` of the sums over tensors of `emr_sums`): `output:
+    per_task` writes them. 0 where the sum is 0.
     """
     scale = _column(weights)
     return lambda block: _unified(block.deltas * scale)
@@ -109,6 +120,35 @@ def emr_sums(tensor: Blocks, weights: Sequence[float]) -> np.ndarray:
 def emr_scales(sums: np.ndarray) -> np.ndarray:
     """s_i = sum |d_i| / sum |m_i * unified| from sums [2, M]; 0 for a model whose mask is empty."""
     return np.divide(sums[0], sums[1], out=np.zeros_like(sums[0]), where=sums[1] > 0)
+
+
+class Tasks(NamedTuple):
+    """What parts a trunk into tasks, of one block: where each takes the trunk's entries, bool [M, n], and sums for scales.
+
+    `sums` are float64 [2, M]; those of all blocks and tensors, added up, give a task's scale as their quotient.
+    """
+
+    masks: np.ndarray
+    sums: np.ndarray
+
+
+def _emr_tasks(block: Block, weights: Sequence[float], options: Mapping[str, Any]) -> Tasks:
+    deltas = block.deltas * _column(weights)
+    masks = emr_masks(block, weights)
+    kept = np.where(masks, abs(_unified(deltas)), np.float32(0))
+    return Tasks(masks, np.stack([abs(deltas).sum(1, dtype=np.float64), kept.sum(1, dtype=np.float64)]))
+
+
+def _tall_masks(block: Block, weights: Sequence[float], options: Mapping[str, Any]) -> Tasks:
+    masks, _ = _used(block, weights, options["threshold"])
+    return Tasks(masks, np.ones((2, len(weights))))
+
+
+#: Methods with an output for each task: a block, the weights and the method's options to that block's part.
+PER_TASK: dict[str, Callable[[Block, Sequence[float], Mapping[str, Any]], Tasks]] = {
+    "emr": _emr_tasks,
+    "consensus": _tall_masks,
+}
 
 
 @register(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from interfuse.checkpoints.numbers import FLOATS, float_named
+from interfuse.checkpoints.tasks import on_disk
 from interfuse.checkpoints.writer import whole_folder
 from interfuse.engine.chain import plan_recipes
 from interfuse.engine.folder import merge_into
@@ -203,7 +204,7 @@ def _inputs(chain: Sequence[Recipe]) -> list[str]:
         refs += [path for reference in references(recipe) for path in (reference.path, reference.lora)]
         if recipe.data is not None:
             refs += [recipe.data.train, recipe.data.validation, recipe.data.test]
-    return [ref for ref in refs if isinstance(ref, str) and Path(ref).exists()]
+    return [str(path) for ref in refs if isinstance(ref, str) and (path := on_disk(ref)) is not None]
 
 
 def _hashed(recipe: Recipe, hashes: Mapping[str, str], merged: Mapping[str, Any]) -> dict[str, Any]:

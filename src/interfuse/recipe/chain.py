@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from interfuse.errors import Problem, RecipeError
-from interfuse.recipe.merges import entries_in, tokenizer_models
+from interfuse.recipe.merges import entries_in, gives_tasks, tokenizer_models
 from interfuse.recipe.pieces import pieces
 from interfuse.recipe.references import Reference, place
 from interfuse.recipe.schema import ModelEntry, Recipe, Slice
@@ -115,6 +115,14 @@ def chain_problems(recipes: Sequence[Recipe]) -> list[Problem]:
             if ref in names and ref not in names[:i] and not Path(ref).is_absolute():
                 wrong = f"{ref!r} is this recipe itself" if names[i] == ref else f"{ref!r} comes later in the file"
                 problems.append(Problem(f"{inside}.{path}", wrong, "refer to earlier recipes alone"))
+    for i, recipe in enumerate(recipes[:-1]):
+        if gives_tasks(recipe):
+            wrong = "got 'per_task', and later recipes see the trunk alone"
+            problems.append(Problem(f"documents[{i}].parameters.output", wrong, "give it in the last recipe"))
+    for i, recipe in enumerate(recipes):
+        if gives_tasks(recipe) and recipe.base_model in names:
+            wrong = f"{recipe.base_model!r} is an earlier recipe's, and an output for each task refers to its base"
+            problems.append(Problem(f"documents[{i}].base_model", wrong, "write it to a folder first"))
     for i, name in enumerate(names[:-1]):
         if name is not None and name not in used:
             problems.append(Problem(f"documents[{i}].name", f"no later recipe uses {name!r}", "use it, or remove the recipe"))

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from interfuse.checkpoints.tasks import on_disk
 from interfuse.errors import OptionError, Problem
 from interfuse.recipe.merges import BESIDE, entries_in, is_plain, merge_problems, tokenizer_models
 from interfuse.recipe.pieces import pieces
@@ -235,7 +236,7 @@ def _models(recipe: Recipe, trust_code: bool) -> Iterator[Problem]:
             if part is not None and revision is not None and Path(part).exists():
                 yield Problem(path, f"{part} is on this machine and has no revision {revision!r}", "leave it out")
     for path, entry in entries_in(recipe):
-        if entry.weights is not None and not Path(entry.weights).exists():
+        if entry.weights is not None and on_disk(entry.weights) is None:
             yield Problem(f"{path}.weights", f"{entry.weights} doesn't exist", "give a file or folder of weights")
 
 
@@ -267,7 +268,7 @@ def _model(ref: str, path: str, form: str, trust_code: bool, *, adapter: bool) -
 def _absent(ref: str, files: tuple[str, ...]) -> bool:
     """Whether `ref` can only be a path, and nothing is there; a hub id can't be told without the hub."""
     path_like = ref.startswith(("/", ".", "~")) or ref.endswith(files) or not _HUB_ID.fullmatch(ref)
-    return path_like and not Path(ref).exists()
+    return path_like and on_disk(ref) is None
 
 
 def _code(ref: str, path: str, trust_code: bool) -> Iterator[Problem]:

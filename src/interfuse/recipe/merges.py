@@ -13,6 +13,7 @@ from typing import Any
 
 from interfuse.errors import OptionError, Problem, nearest
 from interfuse.recipe.pieces import Piece, pieces
+from interfuse.recipe.references import Reference
 from interfuse.recipe.schema import ModelEntry, Recipe
 from interfuse.recipe.values import pattern_problems, scalars, setting_problems
 from interfuse.registry import Method
@@ -27,7 +28,7 @@ def merge_problems(recipe: Recipe, method: Method | None) -> list[Problem]:
     problems = [*_modules(recipe), *_patterns(recipe), *_tokenizer(recipe)]
     if method is None:
         return problems
-    problems += _bases(recipe, method, found)
+    problems += [*_bases(recipe, method, found), *_tasks(recipe, found)]
     levels = {path: (parameters, 1) for piece in found for path, parameters in piece.levels}
     levels["parameters"] = (recipe.parameters, 1)
     for piece in found:
@@ -35,6 +36,26 @@ def merge_problems(recipe: Recipe, method: Method | None) -> list[Problem]:
     for path, (parameters, models) in levels.items():
         problems += _level(method, parameters, path, models)
     return [*problems, *_required(method, found), *_weights(method, found)]
+
+
+def gives_tasks(recipe: Recipe) -> bool:
+    """Whether a merge has an output for each task, for some tensors at least."""
+    found = pieces(recipe)
+    levels = [recipe.parameters, *(level for piece in found for _, level in piece.levels)]
+    levels += [source.parameters for piece in found for source in piece.sources]
+    settings = [parameters["output"] for parameters in levels if "output" in parameters]
+    sound = [setting for setting in settings if not setting_problems(setting, "")]
+    return any(value == "per_task" for setting in sound for _, value, _ in scalars(setting, ""))
+
+
+def _tasks(recipe: Recipe, found: list[Piece]) -> Iterator[Problem]:
+    """What an output for each task can't be made of."""
+    if not gives_tasks(recipe):
+        return
+    if recipe.slices is not None or recipe.modules is not None:
+        yield Problem("parameters.output", "got 'per_task' beside slices or modules", "give the tasks' models as `models`")
+    if recipe.base_model is not None and Reference.parse(recipe.base_model).lora is not None:
+        yield Problem("base_model", "has an adapter, and an output for each task refers to it", "write it to a folder first")
 
 
 def is_plain(parameters: Mapping[str, Any]) -> bool:

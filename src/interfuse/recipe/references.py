@@ -1,8 +1,8 @@
 """Which model a recipe means: a path or hub id, its revision, and an adapter on top; as text or as a mapping.
 
 `path`, `hub/id`, `id@revision`, `model+lora`, `model@revision+lora@revision`, or `{model: {path, revision}, lora: {path,
-revision}}`. What is on disk comes first: a path that exists is that path, whatever is in its name. Not a downloader, and
-nothing here looks into a model.
+revision}}`; `path#task` is a task of a merge that has an output for each. What is on disk comes first: a path that exists
+is that path, whatever is in its name. Not a downloader, and nothing here looks into a model.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from interfuse.checkpoints.tasks import split_task
 from interfuse.errors import Problem, RecipeError, nearest
 
 _FORMS = "allowed: a path or hub id, id@revision, model+lora, or {model: {path, revision}, lora: {path, revision}}"
@@ -63,6 +64,9 @@ def place(ref: str, folder: Path, always: bool = False) -> str:
     """A path made absolute if it is there, or can only be a path (or `always`); a hub id and `python:` as they are."""
     if ref.startswith("python:"):
         return ref
+    task = split_task(folder / Path(ref).expanduser())
+    if task is not None:
+        return f"{task[0].resolve()}#{task[1]}"
     path = folder / Path(ref).expanduser()
     return str(path.resolve()) if always or path.exists() or ref.startswith((".", "/", "~")) else ref
 
@@ -73,7 +77,8 @@ def _joined(path: str, revision: str | None) -> str:
 
 def _exists(ref: str, folder: Path | None) -> bool:
     try:
-        return ((folder or Path()) / Path(ref).expanduser()).exists()
+        path = (folder or Path()) / Path(ref).expanduser()
+        return path.exists() or split_task(path) is not None
     except (OSError, RuntimeError, ValueError):  # too long, no such user, or a null character: not a path here
         return False
 

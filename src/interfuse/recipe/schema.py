@@ -72,7 +72,7 @@ class ModelEntry(Section):
     model_config = ConfigDict(json_schema_extra=_or_short("string"))
 
     model: ModelRef = Field(
-        description="A folder (transformers, or one that interfuse wrote), a hub id, python:package.module:function "
+        description="A folder (transformers, or interfuse's own), FOLDER#TASK, a hub id, python:package.module:function "
         "(needs --trust-code); for a merge also a file of weights, MODEL@REVISION, MODEL+LORA, or {model: {path, revision}, "
         "lora: {path, revision}}.",
         json_schema_extra=_REFERENCE,
