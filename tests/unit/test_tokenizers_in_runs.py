@@ -416,6 +416,46 @@ def test_the_function_does_as_the_recipe(zoo: Path, tmp_path: Path) -> None:
 # Planning
 
 
+def test_networks_that_code_builds_have_no_tokenizer_to_unite(zoo: Path, tmp_path: Path) -> None:
+    models = [{"model": "python:nets:small"}, {"model": "python:nets:small"}]
+    keys: dict[str, Any] = {"merge_method": "linear", "models": models, "tokenizer_source": "union", "chat_template": "auto"}
+    said = r"chat_template: the models are built by code.*\ntokenizer_source: the models are built by code.*; give folders"
+    with pytest.raises(RecipeError, match=said):
+        interfuse.run(keys, tmp_path / "out", trust_code=True)
+
+
+def test_texts_are_read_by_the_merge_s_own_tokenizer(zoo: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text,label\n" + "good new film,yes\nbad,no\n" * 4)
+    for name, words in {"p": ["good", "bad", "film"], "q": ["new", "good", "bad", "film"]}.items():
+        classifier(tmp_path / name, words)
+    data = {"test": str(tmp_path / "t.csv")}
+    asked = recipe(tmp_path, "p", "q", base=None, tokenizer_source="union", data=data)
+    found = interfuse.run(asked, tmp_path / "out", progress=False)
+    assert tokens(tmp_path / "out").keys() - tokens(tmp_path / "p").keys() == {"new"}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    said = model(**words(["good new film", "bad"], return_tensors="pt", padding=True)).logits.argmax(-1)
+    right = float((said == torch.tensor([1, 0])).float().mean())  # classes in the order of their names: no, yes
+    assert found.test is not None
+    assert found.test["value"] == pytest.approx(right)
+    from interfuse.pipeline import compare_runs
+
+    compared = compare_runs([str(tmp_path / "out")], str(tmp_path / "t.csv"), progress=False)
+    assert compared["out"].score.value == pytest.approx(right)
+
+
+def classifier(folder: Path, words: Sequence[str]) -> None:
+    """A tiny BERT that tells classes, whose tokens are whole words."""
+    ids = {word: place for place, word in enumerate(["[PAD]", "[UNK]", *words])}
+    made = Tokenizer(kinds.WordLevel(ids, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    torch.manual_seed(len(words))
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "num_labels": 2}
+    config = transformers.BertConfig(vocab_size=len(ids), **sizes)
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+
+
 def test_other_tokens_without_a_tokenizer_are_refused_with_the_way_out(zoo: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         run(zoo, tmp_path / "out", "one")
@@ -520,7 +560,8 @@ def digest(asked: Any) -> str:
 
 
 def test_the_plan_s_digest_has_the_vocabulary_and_the_earlier_recipes(zoo: Path) -> None:
-    sources = [{"tokenizer_source": "union"}, {"tokenizer_source": "base"}, {"tokenizer": {"pad_to_multiple_of": 64}}]
+    padded = {"tokenizer": {"pad_to_multiple_of": 64}}
+    sources: list[dict[str, Any]] = [{"tokenizer_source": "union"}, {"tokenizer_source": "base"}, padded]
     asked = [recipe(zoo, "base", "one", **keys) for keys in sources]
     asked.append(recipe(zoo, "base", "one", tokenizer={"tokens": {"the": {"force": True}}}))
     assert len({digest(one) for one in asked}) == 4

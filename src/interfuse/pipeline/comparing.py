@@ -28,13 +28,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One row: where it came from, its network, its recipe if it has one, and its classes if it recorded them."""
+    """One row: where it came from, its network, its recipe if it has one, and its classes if it recorded them.
+
+    `tokenizer` is a merge's own, which may be another than its models'.
+    """
 
     reference: str
     model: nn.Module
     recipe: Recipe | None
     classes: tuple[str, ...] | None
     members: Mapping[str, str | None]
+    tokenizer: Any = None
 
 
 def compare_runs(
@@ -126,11 +130,15 @@ def _open(reference: str, trust_code: bool, device: str | None, progress: bool) 
 
 
 def _finished(reference: str, folder: Path, trust_code: bool) -> _Entry:
+    from interfuse.models import load_tokenizer
+
     about = description(folder)
     recipe = load_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else None
     classes = about.get("run", {}).get("classes")
     members = {member["name"]: member["reference"] for member in about.get("members", ())}
-    return _Entry(reference, load_run(folder, trust_code=trust_code), recipe, tuple(classes) if classes else None, members)
+    model = load_run(folder, trust_code=trust_code)
+    own = load_tokenizer(str(folder)) if recipe is not None and recipe.form == "merge" else None
+    return _Entry(reference, model, recipe, tuple(classes) if classes else None, members, own)
 
 
 def _is_recipe(reference: str | Path) -> bool:
@@ -206,6 +214,8 @@ def _tokenizers(name: str, entry: _Entry) -> Any:
     from interfuse.models import load_tokenizer
     from interfuse.pipeline.networks import load_tokenizers
 
+    if entry.tokenizer is not None:
+        return entry.tokenizer
     if entry.recipe is not None:
         return load_tokenizers(entry.recipe)
     found = {member: load_tokenizer(ref) if ref else None for member, ref in entry.members.items()}

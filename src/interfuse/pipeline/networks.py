@@ -72,7 +72,7 @@ def evaluate_merged(recipe: Recipe, folder: Path, *, trust_code: bool, device: s
     """Evaluate the merge that lies in `folder`, as Transformers loads it."""
     place = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_model(str(folder), trust_code=trust_code)
-    sets = load_sets(recipe, trust_code=trust_code)
+    sets = load_sets(recipe, trust_code=trust_code, merged=folder)
     found = evaluate(recipe, model, sets["test"], place, progress=progress) if "test" in sets else None
     return Result(model, test=found, classes=_classes(sets))
 
@@ -134,8 +134,11 @@ def load_networks(recipe: Recipe, *, trust_code: bool) -> dict[str, nn.Module]:
 BASE = " base"  # no model's name: names have no spaces
 
 
-def load_sets(recipe: Recipe, *, trust_code: bool) -> dict[str, Data]:
-    """`train`, `validation` and `test`, as far as the recipe names them; every problem in any of them at once."""
+def load_sets(recipe: Recipe, *, trust_code: bool, merged: Path | None = None) -> dict[str, Data]:
+    """`train`, `validation` and `test`, as far as the recipe names them; every problem in any of them at once.
+
+    `merged` is the folder of the recipe's result, if there is one already.
+    """
     section = recipe.data
     sets: dict[str, Data] = {}
     problems: list[Problem] = []
@@ -158,7 +161,7 @@ def load_sets(recipe: Recipe, *, trust_code: bool) -> dict[str, Data]:
         seed = section.seed if section.seed is not None else recipe.seed
         sets["train"], sets["validation"] = sets["train"].split(section.validation, seed)
     if any(data.has_texts for data in sets.values()):
-        tokenizers = load_tokenizers(recipe)
+        tokenizers = load_tokenizers(recipe, merged)
         sets = {key: data.tokenize(tokenizers) for key, data in sets.items()}
     return sets
 
@@ -171,10 +174,16 @@ def read_options(section: DataSection, alone: Sequence[str] = ()) -> dict[str, A
     return options
 
 
-def load_tokenizers(recipe: Recipe) -> Any:
-    """{model name: tokenizer}, or the one tokenizer of a recipe whose result is one plain network."""
+def load_tokenizers(recipe: Recipe, result: Path | None = None) -> Any:
+    """{model name: tokenizer}, or the one tokenizer of a recipe whose result is one plain network.
+
+    A merge may have another tokenizer than its models: that in the folder of its `result`, if there is one.
+    """
     single = recipe.form in ("single", "merge")
     text = recipe.data.input if recipe.data is not None and isinstance(recipe.data.input, dict) else None
+    made = load_tokenizer(str(result)) if result is not None and recipe.form == "merge" else None
+    if made is not None:
+        return made
     entries = {"": _reference(recipe)} if single else dict(zip(names_of(recipe), recipe.models, strict=True))
     found = {name: load_tokenizer(entry.model) for name, entry in entries.items()}
     missing = [name for name, tokenizer in found.items() if tokenizer is None]

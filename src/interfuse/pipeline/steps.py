@@ -154,6 +154,11 @@ def _further(recipe: Recipe, trust_code: bool) -> list[Problem]:
         if not (reference / "config.json").is_file():
             allowed = "name the code: model: python:module:function with weights: FILE"
             problems.append(Problem("data.test", f"{reference} has no network to evaluate the merge with", allowed))
+    if recipe.form == "merge" and not merges_files([recipe]):
+        asked = {"tokenizer": recipe.tokenizer, "chat_template": recipe.chat_template}
+        asked |= {"tokenizer_source": recipe.tokenizer_source} if recipe.tokenizer_source != "base" else {}
+        wrong, allowed = "the models are built by code, and merged without their tokenizers", "give folders, or leave it out"
+        problems += [Problem(key, wrong, allowed) for key, value in asked.items() if value is not None]
     return problems
 
 
