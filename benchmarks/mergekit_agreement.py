@@ -112,6 +112,7 @@ def cases() -> Iterator[Case]:
     yield from selections()
     yield from stacks()
     yield from forms()
+    yield from vocabularies()
 
 
 def averages() -> Iterator[Case]:
@@ -283,8 +284,29 @@ def forms() -> Iterator[Case]:
     yield Case("linear, ramps, --mergekit-compat", levels, options=("--mergekit-compat",))
 
 
+def vocabularies() -> Iterator[Case]:
+    """Models of other tokens: one with a word and an added token more than the base, one with fewer in another order."""
+    base, more = {"base_model": "words0"}, models("words0", "words1", weight=[0.5, 0.3])
+    all_three = models("words0", "words1", "words2", weight=[0.5, 0.3, 0.4])
+    yield Case("tokenizer_source union", method("linear", more, {"tokenizer_source": "union"}))
+    yield Case("tokenizer_source union, three models", method("linear", all_three, base, {"tokenizer_source": "union"}))
+    deltas = models("words1", "words2", weight=[0.5, 0.3])
+    yield Case("tokenizer_source union, deltas", method("task_arithmetic", deltas, base, {"tokenizer_source": "union"}))
+    yield Case("tokenizer_source base", method("task_arithmetic", deltas, base, {"tokenizer_source": "base"}))
+    yield Case("tokenizer_source a model", method("linear", all_three, base, {"tokenizer_source": "words2"}))
+    rows = {
+        "w3": {"source": "words1", "force": True},
+        "w4": {"source": {"kind": "zero"}, "force": True},
+        "<new>": {"source": {"kind": "model_token", "model": "words1", "token": "w7"}},
+        "<ninth>": {"source": {"kind": "model_token", "model": "words2", "token_id": 9}},
+    }
+    asked = {"tokenizer": {"source": "union", "tokens": rows, "pad_to_multiple_of": 16}}
+    yield Case("tokenizer, single tokens, padded", method("linear", all_three, base, asked))
+
+
 def make_models(folder: Path) -> dict[str, Path]:
-    """All models, by name: a base, three fine-tunes of it that share a direction, two near it, a deep one, tied ones."""
+    """All models, by name: a base, three fine-tunes of it that share a direction, two near it, a deep one, tied ones, and
+    three with tokenizers."""
     random = np.random.default_rng(0)
     made: dict[str, dict[str, np.ndarray]] = {"base": tensors(random, LAYERS)}
     common = tensors(random, LAYERS)
@@ -296,12 +318,33 @@ def make_models(folder: Path) -> dict[str, Path]:
         made[f"tied{i}"] = {key: t for key, t in made[name].items() if key != "lm_head.weight"}
     for name in ("a", "b", "c"):
         distinct(made[name], made["base"])
+    words = [f"w{i}" for i in range(VOCABULARY)]
+    tokens = {"words0": (words, []), "words1": ([*words, "x"], ["<new1>"]), "words2": (words[35:1:-1], [])}
+    for name, origin in (("words0", "base"), ("words1", "a"), ("words2", "b")):
+        rows = sum(map(len, tokens[name]))
+        grown = {
+            key: np.concatenate([t, t[:2] * np.float32(1.5)])[:rows] for key, t in made[origin].items() if len(t) == VOCABULARY
+        }
+        made[name] = made[origin] | grown
     for name, values in made.items():
         path = folder / name
         path.mkdir()
         save_file(values, path / "model.safetensors", metadata={"format": "pt"})
         (path / "config.json").write_text(json.dumps(config(values, tied="tied" in name)))
+        if name in tokens:
+            put_tokenizer(path, *tokens[name])
     return {name: folder / name for name in made}
+
+
+def put_tokenizer(folder: Path, words: Sequence[str], added: Sequence[str]) -> None:
+    """A tokenizer of whole words, with tokens that are added."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    extra = [{"id": len(words) + i, "content": token, **flags} for i, token in enumerate(added)]
+    model = {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": words[0]}
+    parts = {"truncation": None, "padding": None, "normalizer": None, "post_processor": None, "decoder": None}
+    whole = {"version": "1.0", **parts, "pre_tokenizer": {"type": "Whitespace"}, "added_tokens": extra, "model": model}
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
 def tensors(random: np.random.Generator, layers: int) -> dict[str, np.ndarray]:
@@ -342,7 +385,7 @@ def config(values: Mapping[str, np.ndarray], tied: bool) -> dict[str, Any]:
         "num_hidden_layers": sum(name.endswith("q_proj.weight") for name in values),
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "vocab_size": VOCABULARY,
+        "vocab_size": len(values["model.embed_tokens.weight"]),
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": tied,
         "torch_dtype": "float32",
@@ -355,7 +398,9 @@ def placed(value: Any, paths: Mapping[str, Path], key: str = "") -> Any:
         return {name: placed(item, paths, name) for name, item in value.items()}
     if isinstance(value, list):
         return [placed(item, paths) for item in value]
-    return str(paths[value]) if key in ("model", "base_model") else value
+    if key in ("source", "tokenizer_source") and value in ("base", "union"):
+        return value
+    return str(paths[value]) if key in ("model", "base_model", "source", "tokenizer_source") else value
 
 
 def run_theirs(python: Path, jobs: list[tuple[Path, Path]]) -> dict[int, str]:
