@@ -43,16 +43,15 @@ class File(Protocol):
     def view(self, offset: int, nbytes: int) -> np.ndarray:
         """`nbytes` of the file from `offset` on, as bytes that are mapped, not copied."""
 
-    def fill(self, room: np.ndarray, offset: int) -> None:
-        """Read the file from `offset` on into an array."""
+    def handle(self) -> int:
+        """The file, open for reading."""
 
 
 class MappedFile:
     """A file that is opened when it is first read, and that notices when it has been changed since then.
 
-    It is mapped for who wants a view; who has room for a block has it filled, which costs no page faults and survives a
-    file that is cut short meanwhile. A class, because many tensors share one file. A change is a `CheckpointError`; so is
-    a file that can't be read.
+    It is mapped for who wants a view; to read from its handle costs no page faults, and survives a file that is cut short
+    meanwhile. A class, because many tensors share one file. A change is a `CheckpointError`; so is a file that can't be read.
     """
 
     def __init__(self, path: Path):
@@ -81,28 +80,22 @@ class MappedFile:
                     self._bytes = _map(self.path)
         return self._bytes[offset : offset + nbytes]
 
-    def fill(self, room: np.ndarray, offset: int) -> None:
-        """Read the file from `offset` on into an array."""
+    def handle(self) -> int:
+        """The file, open for reading until this object goes."""
         if self._handle < 0:
-            self._open()
-        try:
-            got = os.preadv(self._handle, [room.data], offset)
-        except OSError as error:
-            raise CheckpointError(Problem(str(self.path), f"can't be read: {error.strerror}", "check the disk")) from None
-        if got != room.nbytes:
-            self.check()
-            raise CheckpointError(Problem(str(self.path), f"can't be read at byte {offset + got}", "get the file again"))
+            with self._lock:
+                if self._handle < 0:
+                    self._handle = self._open()
+        return self._handle
 
-    def _open(self) -> None:
-        with self._lock:
-            if self._handle < 0:
-                try:
-                    handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise CheckpointError(Problem(str(self.path), f"can't be read: {error.strerror}")) from None
-                weakref.finalize(self, os.close, handle)
-                self._handle = handle
-                self.check()
+    def _open(self) -> int:
+        try:
+            handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(Problem(str(self.path), f"can't be read: {error.strerror}")) from None
+        weakref.finalize(self, os.close, handle)
+        self.check()
+        return handle
 
 
 class Stored(NamedTuple):
@@ -111,11 +104,6 @@ class Stored(NamedTuple):
     file: File
     offset: int
     spec: TensorSpec
-
-    def fill(self, room: np.ndarray, start: int) -> np.ndarray:
-        """`room`, with as many elements in it as it holds, from `start` on."""
-        self.file.fill(room, self.offset + start * room.itemsize)
-        return room
 
     def block(self, start: int, stop: int) -> np.ndarray:
         """Elements `start` to `stop`, mapped; copied only where the file has them at an odd address."""

@@ -53,15 +53,11 @@ class Checkpoint:
     store: Store | None = None
     beside: Mapping[str, bytes | None] = field(default_factory=dict)
 
-    def block(self, name: str, start: int, stop: int, room: np.ndarray | None = None) -> np.ndarray:
-        """Elements `start` to `stop` in row-major order, flat, in the storage type; don't write to it. Thread-safe.
-
-        `room`, of that size and type, is where they may be put if they'd have to be copied.
-        """
+    def block(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements `start` to `stop` in row-major order, flat, in the storage type; don't write to it. Thread-safe."""
         if start >= stop:
             return np.empty(0, self.specs[name].storage)
-        place = self.places[name]
-        return place.fill(room, start) if room is not None and isinstance(place, Stored) else place.block(start, stop)
+        return self.places[name].block(start, stop)
 
     def read(self, name: str) -> np.ndarray:
         """The whole tensor in its storage type (BF16 as `uint16`), mapped or shared where possible; don't write to it."""

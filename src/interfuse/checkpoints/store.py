@@ -72,9 +72,9 @@ class RemoteFile:
         """`nbytes` of the file from `offset` on, mapped."""
         return self._fetched().view(offset, nbytes)
 
-    def fill(self, room: np.ndarray, offset: int) -> None:
-        """Read the file from `offset` on into an array."""
-        self._fetched().fill(room, offset)
+    def handle(self) -> int:
+        """The file, open for reading."""
+        return self._fetched().handle()
 
     def _fetched(self) -> MappedFile:
         if self._here is None:

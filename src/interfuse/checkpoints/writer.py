@@ -93,7 +93,7 @@ class MemoryWriter:
         """Keep elements of tensor `name` from element `start` on; any thread may."""
         self.tensors[name].reshape(-1)[start : start + array.size] = array.reshape(-1)
 
-    def back(self, name: str, start: int, room: np.ndarray) -> None:
+    def place(self, name: str) -> None:
         """Nothing: what is in memory needs no second look."""
 
 

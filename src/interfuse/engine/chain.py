@@ -123,7 +123,7 @@ class _Array:
     def write(self, name: str, start: int, array: np.ndarray) -> None:
         self.array[start : start + array.size] = array
 
-    def back(self, name: str, start: int, room: np.ndarray) -> None:
+    def place(self, name: str) -> None:
         """Nothing: it is read right away."""
 
 

@@ -34,7 +34,6 @@ from interfuse.engine.opening import fetch
 from interfuse.engine.per_task import write_tasks
 from interfuse.errors import CheckpointError, Problem
 from interfuse.plan import Plan, config_of
-from interfuse.recipe import Recipe
 from interfuse.registry import find
 
 #: What speaks of the copied model alone: its card, and how it was itself made.
@@ -72,7 +71,7 @@ def merge_into(
         )  # fmt: skip
     journal.restore(merging)
     there = _checked(folder, plan, merging, stems)
-    write_tasks(plan, merging, folder, Recipe.model_validate(recipes[-1]), threads=threads)
+    write_tasks(plan, merging, folder, recipes[-1], threads=threads)
     journal.close()
     left_out = _copy_side_files(lead.folder, folder, list(stems)) if lead.folder else []
     beside, notes = files_beside(plan, sources)
@@ -127,9 +126,10 @@ def provenance(
 
 
 def read_hash(source: Checkpoint, number: int, merging: Merging) -> dict[str, Any]:
-    """The hash of what was read of a source, and of how many tensors: of all of it where nothing was left out."""
+    """The hash of what was read of a source, and the names of what wasn't, where there is such."""
     read = {name: (source.specs[name], found) for (i, name), found in merging.read.items() if i == number}
-    return {"xxh3": hash_of(read), "tensors": len(read)}
+    unread = [name for name in source.specs if name not in read]
+    return {"xxh3": hash_of(read), **({"unread": unread} if unread else {})}
 
 
 def _copy_side_files(source: Path, folder: Path, merged: Sequence[str]) -> list[str]:

@@ -18,7 +18,8 @@ import numpy as np
 
 from interfuse.checkpoints.source import Checkpoint
 from interfuse.engine import trimming
-from interfuse.engine.kernels import CHUNK, bits_of, compiled
+from interfuse.engine.compiling import compiled
+from interfuse.engine.kernels import CHUNK, bits_of
 from interfuse.engine.reading import Reader
 from interfuse.engine.scheduler import Job, Phase, Scratch, run_jobs
 from interfuse.engine.selection import Cut
@@ -148,7 +149,7 @@ def _sampling(
         if not most:
             return
         scores: np.ndarray = np.empty((reader.models, most * _RUN), reader.wide)
-        addresses, _raws = reader.block(start, stop, scratch)
+        addresses, _raws = reader.block(start, stop)
         stride = (stop - start) // most
         trimming.sample(addresses, reader.kinds, False, stride, scores, scratch.work(reader.wide, reader.models))
         for model, group in enumerate(part.groups):
@@ -210,7 +211,7 @@ def _tallied(
             if not hasattr(mine, "counts"):
                 mine.counts = np.zeros((len(spans), groups.buckets + 1), np.int64)
                 all_counts.append(mine.counts)
-            addresses, _raws = reader.block(start, stop, scratch)
+            addresses, _raws = reader.block(start, stop)
             work, wide = scratch.work(reader.wide, reader.models), groups.wide is np.float64
             _tally(addresses, reader.kinds, stop - start, models, of, low, high, shift, wide, mine.counts, work)
 
@@ -248,7 +249,7 @@ def _ends(parts: Sequence[_Part], found: Sequence[_Found], threads: int) -> dict
             block += 1
 
         def task(start: int, stop: int, scratch: Scratch) -> int:
-            addresses, _raws = reader.block(start, stop, scratch)
+            addresses, _raws = reader.block(start, stop)
             work = scratch.work(reader.wide, reader.models)
             return start + trimming.locate(addresses, reader.kinds, stop - start, False, model, value, keep, work)
 
@@ -276,7 +277,7 @@ def _equal(parts: Sequence[_Part], sought: list[list[tuple[float, bool]]], threa
         values = np.array([value for value, _ in sought[number]], reader.wide)
 
         def task(start: int, stop: int, scratch: Scratch) -> np.ndarray:
-            addresses, _raws = reader.block(start, stop, scratch)
+            addresses, _raws = reader.block(start, stop)
             counts: np.ndarray = np.zeros(reader.models, np.int64)
             _count_at(addresses, reader.kinds, stop - start, values, counts, scratch.work(reader.wide, reader.models))
             return counts

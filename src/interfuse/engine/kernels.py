@@ -1,31 +1,39 @@
-"""The block loops that a CPU spends its time in, compiled by Numba: load, sum, trim, elect, store. No decision is made here.
+"""The block loops that a CPU spends its time in, compiled by Numba: load, sum, store. No decision is made here.
 
 A block is given by its address and stored type, so that one compiled kernel serves every mix of types, and is worked
 through in chunks that stay in the first-level cache: each step is a plain loop over a chunk, which LLVM turns into vector
 instructions. `work` is scratch made once a thread, float32, or float64 where an input is float64: its type is that of all
 arithmetic. Formats: IEEE 754-2019; bfloat16 as in https://arxiv.org/abs/1905.12322. Kernels hold no lock, and their
-results don't depend on how a tensor is cut into blocks, save that sums are per block.
+results don't depend on how a tensor is cut into runs of blocks; sums are per block.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray, types
+from numba.extending import intrinsic, overload
 
-CHUNK = 1024  # elements
+from interfuse.engine.compiling import compiled, compiled_sum
+from interfuse.engine.streams import SHORT, take, xxh3
+
+CHUNK = 512  # elements
 #: The stored types that are merged by arithmetic, by the numbers that kernels know them by; ZERO stands for no base.
 KINDS = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
 ZERO = 255
 
-compiled = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
-# Sums may be reordered into vector lanes where this is used, and only there: float64 carries them far below float32's
-# rounding.
-compiled_sum = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
+class Target(NamedTuple):
+    """Where a run's results go, with one entry a block in the arrays."""
+
+    address: Any  # uint64
+    kind: Any  # uint8
+    size: Any  # int64: bytes of an element
+    finite: np.ndarray  # bool: whether all of a block's results are
+    hashes: np.ndarray  # uint64 [blocks, 2]
+    lanes: np.ndarray  # uint64 [LANES], to hash in
 
 
 @intrinsic
@@ -54,6 +62,20 @@ def as_bits(context: Any, value: Any) -> Any:
         return builder.bitcast(arguments[0], ir.IntType(32))
 
     return types.uint32(types.float32), build
+
+
+@intrinsic
+def after(context: Any, value: Any) -> Any:
+    """The next number above a positive one; infinity is its own."""
+    width = 32 if value == types.float32 else 64
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number, kind = arguments[0], arguments[0].type
+        bits = builder.add(builder.bitcast(number, ir.IntType(width)), ir.Constant(ir.IntType(width), 1))
+        last = builder.fcmp_ordered("==", number, ir.Constant(kind, float("inf")))
+        return builder.select(last, number, builder.bitcast(bits, kind))
+
+    return value(value), build
 
 
 @intrinsic
@@ -107,20 +129,29 @@ def _odd(value):  # type: ignore[no-untyped-def]
     return np.uint32(bits | np.uint32(inexact))
 
 
+def _rounded(value):  # type: ignore[no-untyped-def]
+    """The bits that a number of the arithmetic is rounded from: a float32's own."""
+
+
+@overload(_rounded)
+def _rounded_of(value):  # type: ignore[no-untyped-def]
+    return (lambda value: as_bits(value)) if value == types.float32 else (lambda value: _odd(value))
+
+
 @compiled
 def store(values, address, kind, start, n):  # type: ignore[no-untyped-def]
     """A chunk of results, each rounded once to the nearest, ties to even."""
     if kind == 0:
         bf16 = carray(_pointer(np.uint64(address + np.uint64(2 * start))), CHUNK, np.uint16)
         for i in range(n):
-            bits = _odd(values[i])
+            bits = _rounded(values[i])
             # Just under half of the last place kept, and the rest of the half where that place is odd.
             up = np.uint32(np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
             bf16[i] = np.uint16(np.uint32(bits + up) >> np.uint32(16))
     elif kind == 1:
         f16 = carray(_pointer(np.uint64(address + np.uint64(2 * start))), CHUNK, np.uint16)
         for i in range(n):
-            f16[i] = _half(_odd(values[i]))
+            f16[i] = _half(_rounded(values[i]))
     elif kind == 2:
         f32 = carray(_pointer(np.uint64(address + np.uint64(4 * start))), CHUNK, np.float32)
         for i in range(n):
@@ -148,51 +179,119 @@ def _half(bits):  # type: ignore[no-untyped-def]
 @compiled
 def below(values, limit, n):  # type: ignore[no-untyped-def]
     """Whether all of a chunk is below `limit` in size, from which on the output's type has only infinity."""
-    wrong = np.int32(0)
+    wrong = np.uint32(0)
     for i in range(n):
-        wrong += np.int32(not abs(values[i]) < limit)
+        wrong = np.uint32(wrong | np.uint32(not abs(values[i]) < limit))
     return wrong == 0
 
 
 @compiled
-def weighted_sum(addresses, kinds, coefficients, total, n, out, out_kind, limit, work):  # type: ignore[no-untyped-def]
-    """total t_0 + sum c_i (t_i - t_0): equal inputs cancel exactly, whatever the coefficients; whether all is finite.
+def _anchored(result, anchor, total, n):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        result[i] = total * anchor[i]
 
-    The differences are taken so that they are +0 where inputs are equal, and subtracted: a -0 then keeps its sign.
-    """
+
+@compiled
+def _less(result, size, anchor, other, n):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        result[i] -= size * (anchor[i] - other[i])
+
+
+@compiled
+def _less_bf16(result, size, anchor, address, start, n):  # type: ignore[no-untyped-def]
+    """`_less` of what is loaded on the way: the common case, with a pass over the chunk less."""
+    other = carray(_pointer(np.uint64(address + np.uint64(2 * start))), CHUNK, np.uint16)
+    for i in range(n):
+        result[i] -= size * (anchor[i] - as_float(np.uint32(np.uint32(other[i]) << np.uint32(16))))
+
+
+@compiled
+def _more_bf16(result, size, anchor, address, start, n):  # type: ignore[no-untyped-def]
+    other = carray(_pointer(np.uint64(address + np.uint64(2 * start))), CHUNK, np.uint16)
+    for i in range(n):
+        result[i] -= size * (as_float(np.uint32(np.uint32(other[i]) << np.uint32(16))) - anchor[i])
+
+
+@compiled
+def _sum(addresses, kinds, coefficients, total, n, out, out_kind, limit, work):  # type: ignore[no-untyped-def]
     result, anchor, other = work[0], work[1], work[2]
-    finite = True
+    finite, some = True, len(kinds) > 1
     for start in range(0, n, CHUNK):
         m = min(CHUNK, n - start)
-        load(anchor, addresses[0], kinds[0], start, m)
-        for i in range(m):
-            result[i] = total * anchor[i]
-        for k in range(1, len(addresses)):
-            load(other, addresses[k], kinds[k], start, m)
+        load(anchor, addresses[int(some)], kinds[int(some)], start, m)  # without any, the base that is 0
+        _anchored(result, anchor, total, m)
+        for k in range(2, len(kinds)):
             size = abs(coefficients[k])
-            if coefficients[k] > 0:
-                for i in range(m):
-                    result[i] -= size * (anchor[i] - other[i])
+            if kinds[k] == 0 and coefficients[k] > 0:
+                _less_bf16(result, size, anchor, addresses[k], start, m)
+            elif kinds[k] == 0:
+                _more_bf16(result, size, anchor, addresses[k], start, m)
             else:
-                for i in range(m):
-                    result[i] -= size * (other[i] - anchor[i])
+                load(other, addresses[k], kinds[k], start, m)
+                if coefficients[k] > 0:
+                    _less(result, size, anchor, other, m)
+                else:
+                    _less(result, size, other, anchor, m)
         finite &= below(result, limit, m)
         store(result, out, out_kind, start, m)
     return finite
 
 
 @compiled
-def gram(addresses, kinds, n, out, work):  # type: ignore[no-untyped-def]
-    """Add to `out`, float64 `[M, M]`, the inner products of the M inputs after the first, each less the first."""
-    models = len(addresses) - 1
+def sum_blocks(  # type: ignore[no-untyped-def]
+    stream, ends, hashes, hashing, coefficients, total, target, limit, work
+):
+    """total t_0 + sum c_i (t_i - t_0): equal inputs cancel exactly, whatever the coefficients.
+
+    The differences are taken so that they are +0 where inputs are equal, and subtracted: a -0 then keeps its sign. The
+    blocks end where the next begins. 0, or what `take` couldn't read.
+    """
+    for b in range(len(ends) - 1):
+        n = ends[b + 1] - ends[b]
+        failed = take(stream, ends[0], ends[b], n, hashes[b], hashing)
+        if failed:
+            return failed
+        place = place_of(target, ends[b] - ends[0])
+        target.finite[b] = _sum(stream.room, stream.kinds, coefficients, total, n, place, target.kind, limit, work)
+        hash_result(target, b, place, n)
+    return 0
+
+
+@compiled
+def place_of(target, start):  # type: ignore[no-untyped-def]
+    """The address of the run's element `start` in the target."""
+    return np.uint64(target.address + np.uint64(start * target.size))
+
+
+@compiled
+def hash_result(target, b, place, n):  # type: ignore[no-untyped-def]
+    """Note the hash of a block's result."""
+    if n * target.size > SHORT:
+        xxh3(place, n * target.size, target.hashes[b], target.lanes)
+
+
+@compiled
+def gram_blocks(stream, ends, hashes, out, work):  # type: ignore[no-untyped-def]
+    """Into `out`, float64 `[blocks, M, M]`, the inner products of the M inputs after the first, each less the first."""
+    for b in range(len(ends) - 1):
+        n = ends[b + 1] - ends[b]
+        failed = take(stream, ends[0], ends[b], n, hashes[b], True)
+        if failed:
+            return failed
+        out[b] = 0
+        _gram(stream.room, stream.kinds, n, out[b], work)
+    return 0
+
+
+@compiled
+def _gram(addresses, kinds, n, out, work):  # type: ignore[no-untyped-def]
+    models = len(kinds) - 1
     base = work[models]
     for start in range(0, n, CHUNK):
         m = min(CHUNK, n - start)
         load(base, addresses[0], kinds[0], start, m)
         for k in range(models):
-            vector = work[k]
-            load(vector, addresses[k + 1], kinds[k + 1], start, m)
-            subtract(vector, base, m)
+            load_less(work[k], base, addresses[k + 1], kinds[k + 1], start, m)
         if models == 3:
             _three(work[0], work[1], work[2], m, out)
         else:
@@ -205,10 +304,16 @@ def gram(addresses, kinds, n, out, work):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def subtract(vector, base, n):  # type: ignore[no-untyped-def]
-    """The vector less the base, in place."""
-    for i in range(n):
-        vector[i] -= base[i]
+def load_less(out, base, address, kind, start, n):  # type: ignore[no-untyped-def]
+    """Elements `start`.. of the block at `address`, less the base's."""
+    if kind == 0:
+        bf16 = carray(_pointer(np.uint64(address + np.uint64(2 * start))), CHUNK, np.uint16)
+        for i in range(n):
+            out[i] = as_float(np.uint32(np.uint32(bf16[i]) << np.uint32(16))) - base[i]
+    else:
+        load(out, address, kind, start, n)
+        for i in range(n):
+            out[i] -= base[i]
 
 
 @compiled_sum

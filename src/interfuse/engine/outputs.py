@@ -13,8 +13,7 @@ import numpy as np
 
 from interfuse.checkpoints.numbers import narrow, nonfinite, widen
 from interfuse.engine import kernels, rules, streamed
-from interfuse.engine.kernels import KINDS, ZERO
-from interfuse.engine.merging import Merging, limit_of, noted
+from interfuse.engine.merging import Merging, noted
 from interfuse.engine.reading import Reader
 from interfuse.engine.scheduler import Job, Phase, Scratch
 from interfuse.errors import Problem
@@ -42,7 +41,7 @@ def _integers(output: Output, merging: Merging) -> Job:
     reader = Reader(output, merging.sources, output.inputs, output.base)
 
     def task(start: int, stop: int, scratch: Scratch) -> list[int]:
-        _, raws = reader.block(start, stop, scratch)
+        _, raws = reader.block(start, stop)
         reader.hash(start, raws)
         result = np.maximum.reduce(raws) if output.how == "largest" else raws[0]
         merging.put(output, start, result)
@@ -80,16 +79,14 @@ def _gram(output: Output, method: Method, merging: Merging) -> Any:
     inputs = output.inputs if deltas else output.reads
     reader = Reader(output, merging.sources, inputs, output.base if deltas else None)
 
-    def task(start: int, stop: int, scratch: Scratch) -> np.ndarray:
-        addresses, raws = reader.block(start, stop, scratch)
-        reader.hash(start, raws)
-        part: np.ndarray = np.zeros((reader.models, reader.models))
-        kernels.gram(addresses, reader.kinds, stop - start, part, scratch.work(reader.wide, reader.models))
-        return part
+    parts: np.ndarray = np.zeros((len(reader.ranges), reader.models, reader.models))
 
-    parts = yield Phase(task, reader.ranges)
+    def task(i: int, j: int, scratch: Scratch) -> None:
+        reader.run(kernels.gram_blocks, i, j, scratch, parts[i:j], scratch.work(reader.wide, reader.models))
+
+    yield Phase(task, reader.runs)
     yield from noted(reader, merging)
-    return sum(parts, np.zeros((reader.models, reader.models)))
+    return parts.sum(0)
 
 
 def _sum(output: Output, combination: Combination, merging: Merging) -> Job:
@@ -99,27 +96,21 @@ def _sum(output: Output, combination: Combination, merging: Merging) -> Job:
     # The anchor is the input with the largest share, so that a merge at or near one model is exact about that model.
     terms = sorted((term for term in shares if term[1] != 0), key=lambda term: -abs(term[1]))
     reader = Reader(output, merging.sources, [read for read, _ in terms], None)
-    kinds = reader.kinds[1:] if terms else np.array([ZERO], np.uint8)
-    coefficients = np.array([share for _, share in terms] or [0], reader.wide)
+    coefficients = np.array([0, *(share for _, share in terms)], reader.wide)
     # Where there is no base it is 0, and its share is no part of the sum.
     total = reader.wide(combination.total - (0 if output.base is not None else combination.base))
-    limit = limit_of(output.spec.dtype, reader.wide)
-
-    def task(start: int, stop: int, scratch: Scratch) -> None:
-        addresses, raws = reader.block(start, stop, scratch)
-        if unknown:
-            reader.hash(start, raws)
-        n, out = stop - start, scratch.buffer("out", output.spec.storage, stop - start)
-        work = scratch.work(reader.wide, 0)
-        wanted = addresses[1:] if terms else addresses
-        target = np.uint64(out.__array_interface__["data"][0])
-        if not kernels.weighted_sum(wanted, kinds, coefficients, total, n, target, KINDS[output.spec.dtype], limit, work):
-            specs = [spec.dtype for spec in reader.specs]
-            merging.look(output, reader, raws, _directly(out, raws, specs, coefficients, reader.wide, output.spec.dtype))
-        merging.put(output, start, out)
-
     unknown = any((read.source, read.name) not in merging.read for read, _ in terms)  # what a pass for sums has hashed
-    yield Phase(task, reader.ranges)
+    specs = [spec.dtype for spec in reader.specs]
+
+    def repair(out: np.ndarray, raws: Sequence[np.ndarray]) -> int:
+        return _directly(out, raws, specs, coefficients[1:], reader.wide, output.spec.dtype)
+
+    def task(i: int, j: int, scratch: Scratch) -> None:
+        merging.compute(
+            output, reader, (i, j), scratch, kernels.sum_blocks, unknown, coefficients, total, repair=repair
+        )  # fmt: skip
+
+    yield Phase(task, reader.runs)
     if unknown:
         yield from noted(reader, merging)
 

@@ -8,14 +8,32 @@ magnitude; a row that is longer than a block is counted without that floor. Sour
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
-from interfuse.engine.kernels import CHUNK, as_bits, below, compiled, store
+from interfuse.engine.compiling import compiled
+from interfuse.engine.kernels import CHUNK, as_bits, below, hash_result, place_of, store
+from interfuse.engine.streams import take
 from interfuse.engine.trimming import deltas_of, mix, size_of, squares_of, vote_of
 
 #: Of all magnitudes, and of a row's.
 BUCKETS, ROW_BUCKETS = 2**15, 2**11
 _0 = np.float32(0)
+
+
+class Ranking(NamedTuple):
+    """How rows are ranked: arrays with one entry a model, and what counts in. With `known`, `table` is a whole row's."""
+
+    width: Any  # int64: elements of a row
+    known: Any  # bool
+    divide: Any  # bool: by the chance of being kept
+    densities: np.ndarray  # float32
+    spreads: np.ndarray  # float32
+    keys: np.ndarray  # uint32 [M, 2]
+    counts: np.ndarray  # int32 [M, buckets]
+    table: np.ndarray  # float32 [M, buckets]: the chances
+    lowest: np.ndarray  # int32: the bucket that the first counter is
 
 
 @compiled
@@ -63,7 +81,7 @@ def _top(values, n):  # type: ignore[no-untyped-def]
 @compiled
 def count_ranks(addresses, kinds, start, n, lowest, counts, work):  # type: ignore[no-untyped-def]
     """Add each delta's magnitudes to `counts` `[M, buckets]`; `lowest` is the bucket that its first counter is."""
-    models = len(addresses) - 1
+    models = len(kinds) - 1
     for at in range(start, start + n, CHUNK):
         m = min(CHUNK, start + n - at)
         deltas_of(addresses, kinds, at, m, work)
@@ -74,7 +92,7 @@ def count_ranks(addresses, kinds, start, n, lowest, counts, work):  # type: igno
 @compiled
 def _tops(addresses, kinds, start, n, lowest, work):  # type: ignore[no-untyped-def]
     """The lowest bucket that a row's counters need, from its largest magnitude."""
-    models = len(addresses) - 1
+    models = len(kinds) - 1
     lowest[:] = 0
     for at in range(start, start + n, CHUNK):
         m = min(CHUNK, start + n - at)
@@ -105,65 +123,70 @@ def _to_chances(counts, least, slope, table):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _rank(addresses, kinds, start, width, densities, spreads, counts, table, lowest, work):  # type: ignore[no-untyped-def]
-    """The chances of a row's magnitudes into `table` and `lowest`."""
-    _tops(addresses, kinds, start, width, lowest, work)
-    count_ranks(addresses, kinds, start, width, lowest, counts, work)
-    chances_of(counts, densities, spreads, width, table)
+def _prepare(addresses, kinds, start, width, ranking, work):  # type: ignore[no-untyped-def]
+    """The chances of a row's magnitudes, unless they're known: the row is longer than a block, and this a part of it."""
+    if not ranking.known:
+        _tops(addresses, kinds, start, width, ranking.lowest, work)
+        count_ranks(addresses, kinds, start, width, ranking.lowest, ranking.counts, work)
+        chances_of(ranking.counts, ranking.densities, ranking.spreads, width, ranking.table)
 
 
 @compiled
-def _kept(addresses, kinds, start, n, first, table, lowest, keys, divide, work):  # type: ignore[no-untyped-def]
-    models = len(addresses) - 1
+def _kept(addresses, kinds, start, n, first, ranking, work):  # type: ignore[no-untyped-def]
+    models = len(kinds) - 1
     deltas_of(addresses, kinds, start, n, work)
     finite = True
     for k in range(models):
         finite &= below(work[k], np.inf, n)
-        _look_up(work[k], table[k], lowest[k], work[models + 1], n)
-        _ranked(work[k], work[models + 1], keys[k, 0], keys[k, 1], first + start, divide, n)
+        _look_up(work[k], ranking.table[k], ranking.lowest[k], work[models + 1], n)
+        _ranked(work[k], work[models + 1], ranking.keys[k, 0], ranking.keys[k, 1], first + start, ranking.divide, n)
     return finite
 
 
 @compiled
-def merge_ranked(  # type: ignore[no-untyped-def]
-    addresses, kinds, first, rows, width, densities, spreads, keys, divide, counts, table, lowest, whole, voting,
-    out, out_kind, limit, work,
-):  # fmt: skip
-    """Trim, elect and scale `rows` rows, the first element's index being `first`; whether all results are finite.
-
-    `whole` says that `table` and `lowest` are already those of the whole row, of which these elements are a part.
-    """
-    models = len(addresses) - 1
-    finite = True
-    for row in range(rows):
-        begin = row * width
-        if not whole:
-            _rank(addresses, kinds, begin, width, densities, spreads, counts, table, lowest, work)
-        for start in range(begin, begin + width, CHUNK):
-            m = min(CHUNK, begin + width - start)
-            finite &= _kept(addresses, kinds, start, m, first, table, lowest, keys, divide, work)
-            vote_of(voting.elect, voting.mean, voting.votes, voting.scales, voting.weights, voting.factor, models, m, work)
-            finite &= below(work[models + 1], limit, m)
-            store(work[models + 1], out, out_kind, start, m)
-    return finite
+def merge_ranked(stream, ends, hashes, ranking, voting, target, limit, work):  # type: ignore[no-untyped-def]
+    """Trim, elect and scale blocks, which end where the next begins. 0, or what `take` couldn't read."""
+    models = len(stream.kinds) - 1
+    for b in range(len(ends) - 1):
+        n = ends[b + 1] - ends[b]
+        failed = take(stream, ends[0], ends[b], n, hashes[b], True)
+        if failed:
+            return failed
+        place, finite = place_of(target, ends[b] - ends[0]), True
+        for row in range(0, n, min(ranking.width, n)):
+            length = min(ranking.width, n)
+            _prepare(stream.room, stream.kinds, row, length, ranking, work)
+            for start in range(row, row + length, CHUNK):
+                m = min(CHUNK, row + length - start)
+                finite &= _kept(stream.room, stream.kinds, start, m, ends[b], ranking, work)
+                vote_of(voting.elect, voting.mean, voting.votes, voting.scales, voting.weights, voting.factor, models, m, work)
+                finite &= below(work[models + 1], limit, m)
+                store(work[models + 1], place, target.kind, start, m)
+        target.finite[b] = finite
+        hash_result(target, b, place, n)
+    return 0
 
 
 @compiled
-def norms_ranked(  # type: ignore[no-untyped-def]
-    addresses, kinds, first, rows, width, densities, spreads, keys, divide, counts, table, lowest, whole, out, work
-):
-    """Add to `out`, float64 `[M, 3]`, each delta's L1 norm, and its L1 norm and sum of squares once trimmed."""
-    models = len(addresses) - 1
-    for row in range(rows):
-        begin = row * width
-        if not whole:
-            _rank(addresses, kinds, begin, width, densities, spreads, counts, table, lowest, work)
-        for start in range(begin, begin + width, CHUNK):
-            m = min(CHUNK, begin + width - start)
-            deltas_of(addresses, kinds, start, m, work)
-            for k in range(models):
-                out[k, 0] += size_of(work[k], m)
-            _kept(addresses, kinds, start, m, first, table, lowest, keys, divide, work)
-            for k in range(models):
-                out[k, 1] += size_of(work[k], m)
-                out[k, 2] += squares_of(work[k], m)
+def norms_ranked(stream, ends, hashes, ranking, out, work):  # type: ignore[no-untyped-def]
+    """Into `out`, float64 `[blocks, M, 3]`, each delta's L1 norm, and its L1 norm and sum of squares once trimmed."""
+    models = len(stream.kinds) - 1
+    for b in range(len(ends) - 1):
+        n = ends[b + 1] - ends[b]
+        failed = take(stream, ends[0], ends[b], n, hashes[b], True)
+        if failed:
+            return failed
+        out[b] = 0
+        for row in range(0, n, min(ranking.width, n)):
+            length = min(ranking.width, n)
+            _prepare(stream.room, stream.kinds, row, length, ranking, work)
+            for start in range(row, row + length, CHUNK):
+                m = min(CHUNK, row + length - start)
+                deltas_of(stream.room, stream.kinds, start, m, work)
+                for k in range(models):
+                    out[b, k, 0] += size_of(work[k], m)
+                _kept(stream.room, stream.kinds, start, m, ends[b], ranking, work)
+                for k in range(models):
+                    out[b, k, 1] += size_of(work[k], m)
+                    out[b, k, 2] += squares_of(work[k], m)
+    return 0

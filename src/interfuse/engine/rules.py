@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -12,8 +11,8 @@ import xxhash
 
 from interfuse.checkpoints.source import BLOCK
 from interfuse.engine import ranking, selection, trimming
-from interfuse.engine.kernels import KINDS
-from interfuse.engine.merging import Merging, limit_of, noted, reader_of
+from interfuse.engine.merging import Merging, noted, reader_of
+from interfuse.engine.ranking import Ranking
 from interfuse.engine.reading import Reader
 from interfuse.engine.scheduler import Job, Phase, Scratch
 from interfuse.engine.trimming import ALL, BAND, RANDOM, SHARED, Trimming, Voting
@@ -36,20 +35,11 @@ def job(output: Output, call: Call, merging: Merging) -> Job:
     if rule.energy or rule.trim.rescale == "l1":
         norms = yield from _norms(reader, trimming_)
     voting = _voting(rule, reader, norms)
-    limit, kind = limit_of(output.spec.dtype, reader.wide), KINDS[output.spec.dtype]
 
-    def task(start: int, stop: int, scratch: Scratch) -> None:
-        addresses, raws = reader.block(start, stop, scratch)
-        reader.hash(start, raws)
-        out = scratch.buffer("out", output.spec.storage, stop - start)
-        target, work = np.uint64(out.__array_interface__["data"][0]), scratch.work(reader.wide, reader.models)
-        if not trimming.merge_rule(
-            addresses, reader.kinds, start, stop - start, trimming_, voting, target, kind, limit, work
-        ):  # fmt: skip
-            merging.look(output, reader, raws, 1)
-        merging.put(output, start, out)
+    def task(i: int, j: int, scratch: Scratch) -> None:
+        merging.compute(output, reader, (i, j), scratch, trimming.merge_blocks, trimming_, voting)
 
-    yield Phase(task, reader.ranges)
+    yield Phase(task, reader.runs)
     yield from noted(reader, merging)
 
 
@@ -97,15 +87,13 @@ def _trimming(
 
 
 def _norms(reader: Reader, trimming_: Trimming) -> Generator[Phase, list[Any], np.ndarray]:
-    def task(start: int, stop: int, scratch: Scratch) -> np.ndarray:
-        addresses, _raws = reader.block(start, stop, scratch)
-        part: np.ndarray = np.zeros((reader.models, 3))
-        trimming.norms(
-            addresses, reader.kinds, start, stop - start, trimming_, part, scratch.work(reader.wide, reader.models)
-        )  # fmt: skip
-        return part
+    parts: np.ndarray = np.zeros((len(reader.ranges), reader.models, 3))
 
-    return sum((yield Phase(task, reader.ranges)), np.zeros((reader.models, 3)))
+    def task(i: int, j: int, scratch: Scratch) -> None:
+        reader.run(trimming.norms_blocks, i, j, scratch, trimming_, parts[i:j], scratch.work(reader.wide, reader.models))
+
+    yield Phase(task, reader.runs)
+    return parts.sum(0)
 
 
 def _voting(rule: Rule, reader: Reader, norms: np.ndarray | None) -> Voting:
@@ -138,82 +126,72 @@ class _Ranks:
     def __init__(self, rule: Rule, reader: Reader, keys: np.ndarray):
         self.reader, self.keys = reader, keys
         self.width = max(reader.shape[-1], 1) if reader.shape else 1
+        self.long = self.width > BLOCK
         self.densities = np.array(rule.trim.density, np.float32)
         self.spreads = np.array(rule.trim.spread, np.float32)
         self.divide = rule.trim.rescale == "density"
-        self.tables: dict[tuple[int, int], np.ndarray | None] = {}
+        #: The runs of blocks, with the table of the row that each is in, if that is long.
+        self.tables: dict[tuple[int, int], np.ndarray | None] = dict.fromkeys(reader.runs)
 
     def prepare(self) -> Generator[Phase, list[Any], None]:
         """Count the ranks of rows that are longer than a block."""
-        self.tables = dict.fromkeys(self.reader.ranges)
-        if self.width <= BLOCK:
+        if not self.long:
             return
-        for _, spans in itertools.groupby(self.tables, lambda span: span[0] // self.width):
-            row = list(spans)
-            self.tables.update(
-                dict.fromkeys(row, (yield from _table(self.reader, row, self.width, self.densities, self.spreads)))
-            )
+        self.tables = {}
+        each = len(self.reader.ranges) * self.width // self.reader.count
+        for first in range(0, len(self.reader.ranges), each):
+            row = [(i, i + 1) for i in range(first, first + each)]
+            self.tables.update(dict.fromkeys(row, (yield from self._table(row))))
 
-    def run(self, kernel: Any, start: int, stop: int, scratch: Scratch, *rest: Any) -> tuple[Any, list[np.ndarray]]:
-        """Run one of `ranking`'s kernels over a block."""
-        reader, table = self.reader, self.tables[start, stop]
-        addresses, raws = reader.block(start, stop, scratch)
-        whole = table is not None
-        buckets = ranking.BUCKETS if whole else ranking.ROW_BUCKETS
-        counts = scratch.buffer("counts", np.int32, buckets, reader.models)
-        table = scratch.buffer("table", np.float32, buckets, reader.models) if table is None else table
-        lowest: np.ndarray = np.zeros(reader.models, np.int32)
-        rows, width = (1, stop - start) if whole else ((stop - start) // self.width, self.width)
-        done = kernel(
-            addresses, reader.kinds, start, rows, width, self.densities, self.spreads, self.keys, self.divide,
-            counts, table, lowest, whole, *rest, scratch.work(reader.wide, reader.models),
+    def ranking(self, run: tuple[int, int], scratch: Scratch) -> Ranking:
+        """How the kernels rank a run of blocks."""
+        models, table = self.reader.models, self.tables[run]
+        buckets = ranking.BUCKETS if self.long else ranking.ROW_BUCKETS
+        return Ranking(
+            self.width, self.long, self.divide, self.densities, self.spreads, self.keys,
+            scratch.buffer("counts", np.int32, buckets, models),
+            scratch.buffer("table", np.float32, buckets, models) if table is None else table,
+            np.zeros(models, np.int32),
         )  # fmt: skip
-        return done, raws
+
+    def _table(self, row: Sequence[tuple[int, int]]) -> Generator[Phase, list[Any], np.ndarray]:
+        """The chances of a row's magnitudes, of which these blocks are the parts."""
+        reader = self.reader
+        lowest: np.ndarray = np.zeros(reader.models, np.int32)
+
+        def task(i: int, j: int, scratch: Scratch) -> np.ndarray:
+            start, stop = reader.span(i, j)
+            addresses, _raws = reader.block(start, stop)
+            counts: np.ndarray = np.zeros((reader.models, ranking.BUCKETS), np.int32)
+            work = scratch.work(reader.wide, reader.models)
+            ranking.count_ranks(addresses, reader.kinds, 0, stop - start, lowest, counts, work)
+            return counts
+
+        counts = sum((yield Phase(task, row)), np.zeros((reader.models, ranking.BUCKETS), np.int64))
+        table: np.ndarray = np.empty((reader.models, ranking.BUCKETS), np.float32)
+        ranking.chances_of(counts, self.densities, self.spreads, self.width, table)
+        return table
 
 
 def _ranked(output: Output, rule: Rule, reader: Reader, keys: np.ndarray, merging: Merging) -> Job:
     """DELLA: rows that fit a block are ranked as they are merged; of a longer row the ranks are counted first."""
-    limit, kind = limit_of(output.spec.dtype, reader.wide), KINDS[output.spec.dtype]
     ranks = _Ranks(rule, reader, keys)
     yield from ranks.prepare()
     norms = None
     if rule.trim.rescale == "l1":
+        parts: np.ndarray = np.zeros((len(reader.ranges), reader.models, 3))
 
-        def measure(start: int, stop: int, scratch: Scratch) -> np.ndarray:
-            part: np.ndarray = np.zeros((reader.models, 3))
-            ranks.run(ranking.norms_ranked, start, stop, scratch, part)
-            return part
+        def measure(i: int, j: int, scratch: Scratch) -> None:
+            work = scratch.work(reader.wide, reader.models)
+            reader.run(ranking.norms_ranked, i, j, scratch, ranks.ranking((i, j), scratch), parts[i:j], work)
 
-        norms = sum((yield Phase(measure, list(ranks.tables))), np.zeros((reader.models, 3)))
+        yield Phase(measure, list(ranks.tables))
+        norms = parts.sum(0)
     voting = _voting(rule, reader, norms)
 
-    def task(start: int, stop: int, scratch: Scratch) -> None:
-        out = scratch.buffer("out", output.spec.storage, stop - start)
-        target = np.uint64(out.__array_interface__["data"][0])
-        finite, raws = ranks.run(ranking.merge_ranked, start, stop, scratch, voting, target, kind, limit)
-        reader.hash(start, raws)
-        if not finite:
-            merging.look(output, reader, raws, 1)
-        merging.put(output, start, out)
+    def task(i: int, j: int, scratch: Scratch) -> None:
+        given = ranks.ranking((i, j), scratch)
+        merging.compute(output, reader, (i, j), scratch, ranking.merge_ranked, given, voting)
 
-    yield Phase(task, reader.ranges)
+    yield Phase(task, list(ranks.tables))
     yield from noted(reader, merging)
-
-
-def _table(
-    reader: Reader, spans: Sequence[tuple[int, int]], width: int, densities: np.ndarray, spreads: np.ndarray
-) -> Generator[Phase, list[Any], np.ndarray]:
-    """The chances of a row's magnitudes, of which `spans` are the parts."""
-    lowest: np.ndarray = np.zeros(reader.models, np.int32)
-
-    def task(start: int, stop: int, scratch: Scratch) -> np.ndarray:
-        addresses, _raws = reader.block(start, stop, scratch)
-        counts: np.ndarray = np.zeros((reader.models, ranking.BUCKETS), np.int32)
-        work = scratch.work(reader.wide, reader.models)
-        ranking.count_ranks(addresses, reader.kinds, 0, stop - start, lowest, counts, work)
-        return counts
-
-    counts = sum((yield Phase(task, spans)), np.zeros((reader.models, ranking.BUCKETS), np.int64))
-    table: np.ndarray = np.empty((reader.models, ranking.BUCKETS), np.float32)
-    ranking.chances_of(counts, densities, spreads, width, table)
-    return table

@@ -17,7 +17,8 @@ from interfuse.engine import trimming
 from interfuse.engine.reading import Reader
 from interfuse.engine.scheduler import Phase, Scratch
 
-_ROOM = 2**15  # magnitudes within a bracket that a block keeps
+_NEIGHBOURS = 32  # elements that are sampled together
+_ROOM = 2**15  # magnitudes within a bracket that a run of blocks keeps
 _SMALL = 2**14  # elements of a tensor whose magnitudes are all kept
 _MOST = 2**24  # magnitudes that are kept of one tensor: 64 MiB
 _WIDTH = 16  # bits that a histogram looks at
@@ -70,11 +71,11 @@ def _by_bracket(
     if count <= _SMALL:
         brackets = np.tile(np.array([-1, np.inf], reader.wide), (len(models), 1))
     else:
-        size = int(min(max(count // 512, 2**15), 2**20)) // 16 * 16
-        within = 6 / math.sqrt(size)  # of all entries, in a bracket
+        runs = int(min(max(count // 2**14, 2**10), 2**15))
+        within = 6 / math.sqrt(runs * _NEIGHBOURS)  # of all entries, in a bracket
         if within * count * len(models) > _MOST:
             return [None] * len(models)
-        [scores] = yield Phase(lambda start, stop, scratch: _sample(reader, size, shared, scratch), [(0, count)])
+        [scores] = yield Phase(lambda start, stop, scratch: _sample(reader, runs, shared, scratch), [(0, count)])
         brackets = np.stack([_bracket(scores[m], k / count, reader.wide) for m, k in zip(models, keep, strict=True)])
     found = yield from _count(reader, models, brackets, shared)
     cuts: list[Cut | None] = []
@@ -83,40 +84,51 @@ def _by_bracket(
     return cuts
 
 
-def _sample(reader: Reader, size: int, shared: bool, scratch: Scratch) -> np.ndarray:
-    """Runs of 16 magnitudes, evenly spread, sorted: [M, size]."""
-    addresses, _ = reader.block(0, reader.count)
-    scores: np.ndarray = np.empty((1 if shared else reader.models, size), reader.wide)
-    stride = reader.count // (size // 16)
-    trimming.sample(addresses, reader.kinds, shared, stride, scores, scratch.work(reader.wide, reader.models))
-    scores.sort(axis=1)
+def _sample(reader: Reader, runs: int, shared: bool, scratch: Scratch) -> np.ndarray:
+    """Runs of neighbouring magnitudes, evenly spread: [M, runs, neighbours]."""
+    stream, _kept = reader.stream(0, reader.count, scratch)
+    scores: np.ndarray = np.empty((1 if shared else reader.models, runs, _NEIGHBOURS), reader.wide)
+    unused: np.ndarray = np.zeros((len(reader.kinds), 2), np.uint64)
+    work = scratch.work(reader.wide, reader.models)
+    reader.refuse(trimming.sample_runs(stream, reader.count, shared, unused, scores, work))
     return scores
 
 
 def _bracket(scores: np.ndarray, share: float, wide: Any) -> np.ndarray:
-    """Magnitudes below and above the one that `share` of the sorted sample is above, wide enough to miss it seldom."""
-    size = len(scores)
-    margin = 6 * math.sqrt(size * share * (1 - share)) + 16
+    """Magnitudes below and above the one that `share` of a sample `[runs, neighbours]` is above, seldom missing it.
+
+    Neighbours are alike where rows differ in scale, so the sample's error is told from how its runs differ.
+    """
+    ordered = np.sort(scores, axis=None)
+    size = len(ordered)
     place = size * (1 - share)
-    low = scores[int(place - margin)] if place - margin >= 0 else -1
-    high = scores[math.ceil(place + margin)] if place + margin <= size - 1 else np.inf
+    above = (scores > ordered[min(int(place), size - 1)]).mean(1)
+    margin = 6 * max(math.sqrt(size * share * (1 - share)), size * float(above.std()) / math.sqrt(len(scores))) + _NEIGHBOURS
+    low = ordered[int(place - margin)] if place - margin >= 0 else -1
+    high = ordered[math.ceil(place + margin)] if place + margin <= size - 1 else np.inf
     return np.array([low, high], wide)
 
 
 def _count(
     reader: Reader, models: np.ndarray, brackets: np.ndarray, shared: bool
 ) -> Generator[Phase, list[Any], list[tuple[np.ndarray, list[np.ndarray]]]]:
-    """For each block the counts `[C, 4]` of `trimming.count`, and each channel's magnitudes within its bracket."""
+    """For each block the counts `[C, 4]` of `trimming.count_blocks`, and each channel's magnitudes within its bracket.
 
-    def task(start: int, stop: int, scratch: Scratch) -> tuple[np.ndarray, list[np.ndarray]]:
-        addresses, _raws = reader.block(start, stop, scratch)
+    Of a run of blocks whose magnitudes don't fit, the last ones are missing.
+    """
+
+    def task(i: int, j: int, scratch: Scratch) -> list[tuple[np.ndarray, list[np.ndarray]]]:
         inside = scratch.buffer("inside", reader.wide, _ROOM, len(models))
-        found: np.ndarray = np.zeros((len(models), 4), np.int64)
-        work = scratch.work(reader.wide, reader.models)
-        trimming.count(addresses, reader.kinds, stop - start, shared, models, brackets, inside, found, work)
-        return found, [inside[c, : min(found[c, 3], _ROOM)].copy() for c in range(len(models))]
+        found: np.ndarray = np.zeros((j - i, len(models), 4), np.int64)
+        work, held = scratch.work(reader.wide, reader.models), np.zeros(len(models), np.int64)
+        reader.run(trimming.count_blocks, i, j, scratch, shared, models, brackets, inside, held, found, work)
+        ends = np.cumsum(found[:, :, 3], axis=0)
+        starts = ends - found[:, :, 3]
+        return [
+            (found[b], [inside[c, starts[b, c] : ends[b, c]].copy() for c in range(len(models))]) for b in range(j - i)
+        ]  # fmt: skip
 
-    return (yield Phase(task, reader.ranges))
+    return [block for run in (yield Phase(task, reader.runs)) for block in run]
 
 
 def _cut(
@@ -124,7 +136,7 @@ def _cut(
 ) -> Generator[Phase, list[Any], Cut | None]:
     """The cut from what a pass found, or None where it isn't within the bracket."""
     above, top, bottom, between = (sum(int(found[i]) for found, _ in blocks) for i in range(4))
-    if any(found[3] > _ROOM for found, _ in blocks):
+    if any(found[3] > len(inside) for found, inside in blocks):
         return None
     k -= above
     if k == 0:
@@ -156,7 +168,7 @@ def _end(
         block += 1
 
     def task(start: int, stop: int, scratch: Scratch) -> int:
-        addresses, _raws = reader.block(start, stop, scratch)
+        addresses, _raws = reader.block(start, stop)
         work, sought = scratch.work(reader.wide, reader.models), reader.wide(value)
         return start + trimming.locate(addresses, reader.kinds, stop - start, shared, model, sought, keep - before, work)
 
@@ -172,7 +184,7 @@ def _by_histogram(reader: Reader, models: np.ndarray, keep: Sequence[int], share
     for shift in range(bits - _WIDTH, -1, -_WIDTH):
 
         def task(start: int, stop: int, scratch: Scratch, shift: int = shift) -> np.ndarray:
-            addresses, _raws = reader.block(start, stop, scratch)
+            addresses, _raws = reader.block(start, stop)
             counts: np.ndarray = np.zeros((len(models), 1 << _WIDTH), np.int64)
             work = scratch.work(reader.wide, reader.models)
             n = stop - start

@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from interfuse.engine.kernels import CHUNK, below, bits_of, compiled, compiled_sum, load, store, subtract
+from interfuse.engine.compiling import compiled, compiled_sum
+from interfuse.engine.kernels import CHUNK, after, below, bits_of, hash_result, load, load_less, place_of, store
+from interfuse.engine.streams import take
 
 #: How entries are trimmed, as kernels know it.
 ALL, BAND, RANDOM, SHARED = range(4)
@@ -63,8 +65,28 @@ def _random(values, key, other, first, chance, n):  # type: ignore[no-untyped-de
 
 
 @compiled
+def _from_on(cut, end, first, n):  # type: ignore[no-untyped-def]
+    """The least magnitude that is kept in a chunk; NaN where of those at the cut only some are."""
+    if end >= first + n:
+        return cut
+    return after(cut) if end <= first else cut * np.float32(np.nan)
+
+
+@compiled
 def _band(values, cuts, ends, first, n):  # type: ignore[no-untyped-def]
     """Keep the entries whose magnitude is from the low cut on to below the high one."""
+    low, high = _from_on(cuts[0], ends[0], first, n), _from_on(cuts[1], ends[1], first, n)
+    if low == low and high == high:
+        for i in range(n):
+            score = abs(values[i])
+            values[i] = values[i] if (score >= low) & (score < high) else _0
+    else:
+        _split(values, cuts, ends, first, n)
+
+
+@compiled
+def _split(values, cuts, ends, first, n):  # type: ignore[no-untyped-def]
+    """`_band` of a chunk in which a cut ends."""
     low, high = cuts[0], cuts[1]
     until = np.int32(min(max(ends[0] - first, 0), n))
     since = np.int32(min(max(ends[1] - first, 0), n))
@@ -103,11 +125,10 @@ def _variance(deltas, models, mean, out, n):  # type: ignore[no-untyped-def]
 @compiled
 def deltas_of(addresses, kinds, start, n, work):  # type: ignore[no-untyped-def]
     """The base into `work[M]`, and the models' differences from it into `work[:M]`."""
-    models = len(addresses) - 1
+    models = len(kinds) - 1
     load(work[models], addresses[0], kinds[0], start, n)
     for k in range(models):
-        load(work[k], addresses[k + 1], kinds[k + 1], start, n)
-        subtract(work[k], work[models], n)
+        load_less(work[k], work[models], addresses[k + 1], kinds[k + 1], start, n)
 
 
 @compiled
@@ -129,33 +150,29 @@ def _trim(how, cuts, ends, keys, chances, models, first, n, work):  # type: igno
 def vote_of(elect, mean, votes, scales, weights, factor, models, n, work):  # type: ignore[no-untyped-def]
     """The base plus the elected, scaled sum of `work[:M]`, into `work[M + 1]`."""
     base, result, sign, divisor = work[models], work[models + 1], work[models + 2], work[models + 3]
-    for i in range(n):
-        result[i] = 0
     if elect:
-        _elect(votes, models, sign, n, work)
+        _set(work[0], votes[0], sign, n)
+        for k in range(1, models):
+            _add(work[k], votes[k], sign, n)
+        _signs(sign, n)
         for i in range(n):
+            result[i] = 0
             divisor[i] = 0
         for k in range(models):
-            _add_agreeing(work[k], sign, votes[k], scales[k], weights[k], result, divisor, n)
+            _add_agreeing(work[k], sign, votes[k], scales[k], weights[k], mean, result, divisor, n)
         if mean:
-            for i in range(n):
-                result[i] /= divisor[i] if divisor[i] != 0 else _1
+            _divide(result, divisor, n)
     else:
-        for k in range(models):
+        _set(work[0], scales[0], result, n)
+        for k in range(1, models):
             _add(work[k], scales[k], result, n)
-    for i in range(n):
-        result[i] = base[i] + factor * result[i]
+    _onto(result, base, factor, n)
 
 
 @compiled
-def _elect(votes, models, sign, n, work):  # type: ignore[no-untyped-def]
-    """1 where the weighted sum is 0 or more, else -1."""
+def _set(values, scale, result, n):  # type: ignore[no-untyped-def]
     for i in range(n):
-        sign[i] = 0
-    for k in range(models):
-        _add(work[k], votes[k], sign, n)
-    for i in range(n):
-        sign[i] = _1 if sign[i] >= 0 else -_1
+        result[i] = scale * values[i]
 
 
 @compiled
@@ -165,19 +182,56 @@ def _add(values, scale, result, n):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _add_agreeing(values, sign, vote, scale, weight, result, divisor, n):  # type: ignore[no-untyped-def]
-    """Add what has the elected sign, and its weight."""
-    one = _1 if vote > 0 else -_1 if vote < 0 else _0
+def _signs(sums, n):  # type: ignore[no-untyped-def]
+    """1 where a weighted sum is 0 or more, else -1."""
     for i in range(n):
-        agrees = values[i] * sign[i] * one > 0
-        result[i] += scale * values[i] if agrees else _0
-        divisor[i] += weight if agrees else _0
+        sums[i] = _1 if sums[i] >= 0 else -_1
 
 
 @compiled
-def merge_rule(addresses, kinds, first, n, trimming, voting, out, out_kind, limit, work):  # type: ignore[no-untyped-def]
-    """Trim, elect and scale a block whose first element has the index `first`; whether all results are finite."""
-    models = len(addresses) - 1
+def _add_agreeing(values, sign, vote, scale, weight, mean, result, divisor, n):  # type: ignore[no-untyped-def]
+    """Add what has the elected sign, and, for a mean, its weight."""
+    one = _1 if vote > 0 else -_1 if vote < 0 else _0
+    if mean:
+        for i in range(n):
+            agrees = values[i] * sign[i] * one > 0
+            result[i] += scale * values[i] if agrees else _0
+            divisor[i] += weight if agrees else _0
+    else:
+        for i in range(n):
+            result[i] += scale * values[i] if values[i] * sign[i] * one > 0 else _0
+
+
+@compiled
+def _divide(result, divisor, n):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        result[i] /= divisor[i] if divisor[i] != 0 else _1
+
+
+@compiled
+def _onto(result, base, factor, n):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        result[i] = base[i] + factor * result[i]
+
+
+@compiled
+def merge_blocks(stream, ends, hashes, trimming, voting, target, limit, work):  # type: ignore[no-untyped-def]
+    """Trim, elect and scale blocks, which end where the next begins. 0, or what `take` couldn't read."""
+    for b in range(len(ends) - 1):
+        n = ends[b + 1] - ends[b]
+        failed = take(stream, ends[0], ends[b], n, hashes[b], True)
+        if failed:
+            return failed
+        place = place_of(target, ends[b] - ends[0])
+        target.finite[b] = _merge(stream.room, stream.kinds, ends[b], n, trimming, voting, place, target.kind, limit, work)
+        hash_result(target, b, place, n)
+    return 0
+
+
+@compiled
+def _merge(addresses, kinds, first, n, trimming, voting, out, out_kind, limit, work):  # type: ignore[no-untyped-def]
+    """A block whose first element has the index `first`; whether all results are finite."""
+    models = len(kinds) - 1
     finite = True
     for start in range(0, n, CHUNK):
         m = min(CHUNK, n - start)
@@ -192,18 +246,26 @@ def merge_rule(addresses, kinds, first, n, trimming, voting, out, out_kind, limi
 
 
 @compiled
-def norms(addresses, kinds, first, n, trimming, out, work):  # type: ignore[no-untyped-def]
-    """Add to `out`, float64 `[M, 3]`, each delta's L1 norm, and its L1 norm and sum of squares once trimmed."""
-    models = len(addresses) - 1
-    for start in range(0, n, CHUNK):
-        m = min(CHUNK, n - start)
-        deltas_of(addresses, kinds, start, m, work)
-        for k in range(models):
-            out[k, 0] += size_of(work[k], m)
-        _trim(trimming.how, trimming.cuts, trimming.ends, trimming.keys, trimming.chances, models, first + start, m, work)
-        for k in range(models):
-            out[k, 1] += size_of(work[k], m)
-            out[k, 2] += squares_of(work[k], m)
+def norms_blocks(stream, ends, hashes, trimming, out, work):  # type: ignore[no-untyped-def]
+    """Into `out`, float64 `[blocks, M, 3]`, each delta's L1 norm, and its L1 norm and sum of squares once trimmed."""
+    models = len(stream.kinds) - 1
+    for b in range(len(ends) - 1):
+        n = ends[b + 1] - ends[b]
+        failed = take(stream, ends[0], ends[b], n, hashes[b], True)
+        if failed:
+            return failed
+        out[b] = 0
+        for start in range(0, n, CHUNK):
+            m = min(CHUNK, n - start)
+            deltas_of(stream.room, stream.kinds, start, m, work)
+            for k in range(models):
+                out[b, k, 0] += size_of(work[k], m)
+            at = ends[b] + start
+            _trim(trimming.how, trimming.cuts, trimming.ends, trimming.keys, trimming.chances, models, at, m, work)
+            for k in range(models):
+                out[b, k, 1] += size_of(work[k], m)
+                out[b, k, 2] += squares_of(work[k], m)
+    return 0
 
 
 @compiled_sum
@@ -227,7 +289,7 @@ def squares_of(values, n):  # type: ignore[no-untyped-def]
 @compiled
 def _scores(addresses, kinds, shared, start, n, work):  # type: ignore[no-untyped-def]
     """What entries are chosen by, into `work[:M]`: the deltas, or into `work[0]` alone their variance."""
-    models = len(addresses) - 1
+    models = len(kinds) - 1
     deltas_of(addresses, kinds, start, n, work)
     if shared:
         _variance(work, models, work[models + 2], work[models + 1], n)
@@ -247,42 +309,63 @@ def sample(addresses, kinds, shared, stride, out, work):  # type: ignore[no-unty
 
 
 @compiled
-def count(addresses, kinds, n, shared, model, brackets, inside, found, work):  # type: ignore[no-untyped-def]
-    """How the magnitudes of a block stand to a bracket each: `model[c]` says whose, `brackets[c]` is low and high.
+def count_blocks(stream, ends, hashes, shared, model, brackets, inside, held, found, work):  # type: ignore[no-untyped-def]
+    """How the magnitudes of blocks stand to a bracket each: `model[c]` says whose, `brackets[c]` is low and high.
 
-    `found[c]` becomes how many are above high, at high, at low, and between: the last are kept in `inside[c]`, as far as
-    they fit; one more than it holds says that they didn't. A bracket with low = high has all its entries at high.
+    `found` `[blocks, C, 4]` becomes how many are above high, at high, at low, and between: the last are put into `inside[c]`
+    one block after the other, as far as they fit; `held` counts them, from 0. A bracket with low = high has all its
+    entries at high.
     """
-    found[:] = 0
-    room = inside.shape[1]
-    for start in range(0, n, CHUNK):
-        m = min(CHUNK, n - start)
-        _scores(addresses, kinds, shared, start, m, work)
-        for c in range(len(model)):
-            scores, low, high = work[model[c]], brackets[c, 0], brackets[c, 1]
-            above, top, bottom, between = _compare(scores, low, high, m)
-            found[c, 0] += above
-            found[c, 1] += top
-            found[c, 2] += bottom
-            if between:
-                if found[c, 3] + between <= room:
-                    found[c, 3] += _collect(scores, low, high, m, inside[c, found[c, 3] :])
-                else:
-                    found[c, 3] = room + 1
+    for b in range(len(ends) - 1):
+        n = ends[b + 1] - ends[b]
+        failed = take(stream, ends[0], ends[b], n, hashes[b], True)
+        if failed:
+            return failed
+        found[b] = 0
+        for start in range(0, n, CHUNK):
+            m = min(CHUNK, n - start)
+            _scores(stream.room, stream.kinds, shared, start, m, work)
+            for c in range(len(model)):
+                scores, low, high = work[model[c]], brackets[c, 0], brackets[c, 1]
+                above, top, bottom, between = _compare(scores, low, high, m)
+                found[b, c, 0] += above
+                found[b, c, 1] += top
+                found[b, c, 2] += bottom
+                found[b, c, 3] += between
+                if between and held[c] + between <= inside.shape[1]:
+                    _collect(scores, low, high, m, inside[c, held[c] :])
+                held[c] += between
+    return 0
+
+
+@compiled
+def sample_runs(stream, count, shared, hashes, out, work):  # type: ignore[no-untyped-def]
+    """Runs of neighbouring scores, evenly spread over `count` elements, into `out` `[channels, runs, length]`."""
+    channels, runs, length = out.shape
+    stride = count // runs
+    for run in range(runs):
+        failed = take(stream, 0, run * stride, length, hashes, False)
+        if failed:
+            return failed
+        _scores(stream.room, stream.kinds, shared, 0, length, work)
+        for c in range(channels):
+            for i in range(length):
+                out[c, run, i] = abs(work[c, i])
+    return 0
 
 
 @compiled
 def _compare(scores, low, high, n):  # type: ignore[no-untyped-def]
-    above, top, bottom = np.int32(0), np.int32(0), np.int32(0)
-    below_all = np.int32(0)
+    """How many are above, at high, at low, between. Counted in 32 bits: so many lanes does a vector have."""
+    above, top, bottom, under = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
     for i in range(n):
         score = abs(scores[i])
-        above += np.int32(score > high)
-        top += np.int32(score == high)
-        bottom += np.int32(score == low)
-        below_all += np.int32(score < low)
-    bottom = np.int32(0) if low == high else bottom
-    return above, top, bottom, np.int32(n) - above - top - bottom - below_all
+        above = np.uint32(above + np.uint32(score > high))
+        top = np.uint32(top + np.uint32(score == high))
+        bottom = np.uint32(bottom + np.uint32(score == low))
+        under = np.uint32(under + np.uint32(score < low))
+    low_ones = np.int64(0) if low == high else np.int64(bottom)
+    return np.int64(above), np.int64(top), low_ones, n - np.int64(above) - np.int64(top) - low_ones - np.int64(under)
 
 
 @compiled
