@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from interfuse.modules.fused import ModelFusion as ModelFusion
     from interfuse.pipeline import load_run as load_run
     from interfuse.pipeline import run as run
+    from interfuse.pipeline import verify as verify
     from interfuse.registry import register as register
     from interfuse.report.html import write_report as write_report
     from interfuse.saving import load as load
@@ -63,6 +64,7 @@ _HOME = {
     "run": "pipeline",
     "save": "saving",
     "task_model": "engine.task_model",
+    "verify": "pipeline",
     "write_report": "report.html",
 }
 

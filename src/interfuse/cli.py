@@ -1,8 +1,8 @@
 """The command line: each command is a few lines over the public functions.
 
 Exit status: 0 done; 2 the user's mistake, every problem on standard error, one a line, or a library that isn't installed;
-130 interrupted; 1 anything else, with the traceback under `--debug`. With `--json` standard output holds one JSON document
-and nothing else. Nothing heavy is imported until a command runs.
+130 interrupted; 1 anything else, with the traceback under `--debug`, and what `verify` finds to differ. With `--json` standard
+output holds one JSON document and nothing else. Nothing heavy is imported until a command runs.
 """
 
 from __future__ import annotations
@@ -207,6 +207,24 @@ def moe(
     with _clean(as_json):
         made = make(recipe, out, overwrite=overwrite, seed=seed, threads=threads, device=device, dry_run=dry_run)
     typer.echo(_document(made.to_dict()) if as_json else made.text())
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="The output folder of a merge, a mixture or an adapter.", metavar="OUT")],
+    again: Annotated[bool, typer.Option("--again", help="Also make it once more, and compare bit for bit.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="How many CPU threads that run has.")] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a folder against its record: tensors, files, recipe and the models it was made from. Exit status 1: it differs."""
+    from interfuse.pipeline import verify as check
+
+    with _clean(as_json):
+        found = check(out, again=again, threads=threads, device=device)
+    typer.echo(_document(found.to_dict()) if as_json else found.text())
+    if not found.good:
+        raise typer.Exit(1)
 
 
 @app.command()

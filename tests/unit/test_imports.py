@@ -86,6 +86,7 @@ PUBLIC = [
     "run",
     "save",
     "task_model",
+    "verify",
     "write_report",
 ]
 

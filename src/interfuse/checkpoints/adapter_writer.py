@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from interfuse.checkpoints.adapters import CONFIG, PREFIX, WEIGHTS
+from interfuse.checkpoints.hashes import hash_file, lines_of
 from interfuse.checkpoints.numbers import narrow
-from interfuse.checkpoints.source import BLOCK, TensorSpec
+from interfuse.checkpoints.source import BLOCK, TensorSpec, open_checkpoint
 from interfuse.checkpoints.writer import TensorWriter
 
 
@@ -60,7 +61,10 @@ class AdapterWriter:
             self._file.write(np.ascontiguousarray(flat[start : start + BLOCK]).view(np.uint8).data)
 
     def finish(self, config: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-        """Write the adapter's three files: its weights, its `config`, and `interfuse.json`, which says how it was made."""
+        """Write the adapter's three files: its weights, its `config`, and `interfuse.json`, which says how it was made.
+
+        To the record are added what each tensor is, with its hash, and the config's hash.
+        """
         self._file.flush()
         with TensorWriter(self.folder / WEIGHTS, self._specs, {"format": "pt"}) as writer:
             for name, spec in self._specs.items():
@@ -68,9 +72,14 @@ class AdapterWriter:
                     flat = np.memmap(self._waiting, spec.storage, "r", self._offsets[name], (spec.count,))
                     for start in range(0, spec.count, BLOCK):
                         writer.append(name, flat[start : start + BLOCK])
-        for name, content in ((CONFIG, config), ("interfuse.json", record)):
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (self.folder / name).write_text(text, encoding="utf-8")
+        self._json(CONFIG, config)
+        written = open_checkpoint(self.folder / WEIGHTS)
+        hashes = {"files": {CONFIG: hash_file(self.folder / CONFIG)}, "tensors": lines_of(written)}
+        self._json("interfuse.json", {**record, "output": written.hash(), **hashes})
+
+    def _json(self, name: str, content: Mapping[str, Any]) -> None:
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (self.folder / name).write_text(text, encoding="utf-8")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()

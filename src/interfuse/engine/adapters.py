@@ -123,9 +123,9 @@ def merge_adapters(
         "kind": "adapter merge",
         "method": method,
         "options": {name.rstrip("_"): value for name, value in checked.items()},
-        "adapters": [
-            {"adapter": one.name, "hash": one.weights.hash(), "weight": w} for one, w in zip(opened, chosen, strict=True)
-        ],
+        "dtype": dtype,
+        "weights": chosen,
+        "sources": [{"model": str(one.folder.resolve()), "xxh3": one.weights.hash()} for one in opened],
         "papers": [_METHODS[method].paper],
     }
     with whole_folder(out, overwrite=overwrite, inputs=list(adapters)) as folder, AdapterWriter(folder) as writer:

@@ -132,22 +132,24 @@ def extract_lora(
             base=str(base) if isinstance(base, str | Path) else None,
             fan_in_fan_out=any(name in parts.transposed for name in parts.how),
         )
-        writer.finish(config, _record(tuned, before, options, error, done))
+        writer.finish(config, _record((tuned, before), (model, base), options, error, done))
     return Extraction(Path(out), tuple(done), error)
 
 
 def _record(
-    tuned: Checkpoint, before: Checkpoint, options: Mapping[str, Any], error: float, done: Sequence[Extracted]
+    opened: Sequence[Checkpoint], refs: Sequence[Any], options: Mapping[str, Any], error: float, done: Sequence[Extracted]
 ) -> dict[str, Any]:
-    """What `interfuse.json` says of an extraction."""
+    """What `interfuse.json` says of an extraction: paths are absolute, so that it can be made again from anywhere."""
+    names = [
+        str(Reference.parse(str(ref)).absolute(Path.cwd())) if isinstance(ref, str | Path) else source.name
+        for ref, source in zip(refs, opened, strict=True)
+    ]
     return {
         "kind": "extracted adapter",
-        "model": tuned.name,
-        "base": before.name,
         "options": options,
-        "sources": [{"model": source.name, "xxh3": source.hash()} for source in (tuned, before)],
+        "sources": [{"model": name, "xxh3": source.hash()} for name, source in zip(names, opened, strict=True)],
         "error": error,
-        "tensors": [item._asdict() for item in done],
+        "changes": [item._asdict() for item in done],
     }
 
 

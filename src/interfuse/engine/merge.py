@@ -25,6 +25,7 @@ from interfuse.engine.local import execute
 from interfuse.errors import CheckpointError, ModelError, OptionError, Problem, UserError, nearest
 from interfuse.plan import Plan
 from interfuse.recipe import Recipe
+from interfuse.recipe.chain import absolute
 from interfuse.recipe.check import form_problems
 from interfuse.recipe.merges import gives_tasks
 from interfuse.recipe.pieces import references
@@ -89,7 +90,7 @@ def merge(
             inputs = [path for ref in paths if (path := on_disk(ref)) is not None]
             with whole_folder(Path(out or ""), overwrite=overwrite, inputs=inputs, resume=resume) as folder:
                 merge_into(
-                    plan, sources, folder, recipes=[recipe.model_dump(exclude_defaults=True)],
+                    plan, sources, folder, recipes=[absolute(recipe, Path.cwd())[0].model_dump(exclude_defaults=True)],
                     threads=threads, allow_nonfinite=allow_nonfinite, resume=resume,
                 )  # fmt: skip
             return Path(out or "")

@@ -9,8 +9,9 @@ import contextlib
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,14 +33,17 @@ from interfuse.recipe.references import Reference
 _Sums = dict[str, list[np.ndarray]]
 
 
-def write_tasks(plan: Plan, merging: Merging, folder: Path, recipe: Recipe, *, threads: int | None = None) -> bool:
+def write_tasks(plan: Plan, merging: Merging, folder: Path, written: Mapping[str, Any], *, threads: int | None = None) -> bool:
     """Write what makes each task's model beside the trunk in `folder`, for tensors whose plan says so; whether any does.
 
-    `merging` has the hashes of the inputs, `recipe` the models' names, which are the tasks'. A run that is resumed does it
-    anew: it's the same bytes.
+    `merging` has the hashes of the inputs, `written`, the recipe, the models' names, which are the tasks'. A run that is
+    resumed does it anew: it's the same bytes.
     """
     masked = [output for output in plan.outputs if output.call is not None and _gives_tasks(output.call)]
-    if not masked or recipe.base_model is None:
+    if not masked:  # what isn't a merge's recipe has none
+        return False
+    recipe = Recipe.model_validate(written)
+    if recipe.base_model is None:
         return False
     specs = {output.name: packed(output.spec) for output in masked}
     names = [name for name, entry in zip(names_of(recipe), recipe.models, strict=True) if entry.model != recipe.base_model]

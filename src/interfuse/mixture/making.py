@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from interfuse.checkpoints.hashes import hash_file
 from interfuse.checkpoints.numbers import widen
 from interfuse.checkpoints.places import Resident
 from interfuse.checkpoints.source import Checkpoint
@@ -91,7 +92,7 @@ def moe(
     )
     if dry_run:
         return record
-    inputs = [path for ref in _references(read) for path in (ref.path, ref.lora) if path is not None and Path(path).exists()]
+    inputs = [path for ref in references_of(read) for path in (ref.path, ref.lora) if path is not None and Path(path).exists()]
     with whole_folder(out, overwrite=overwrite, inputs=inputs) as folder:
         make_into(read, mixture, sources, folder, threads=threads, device=device, progress=progress)
     return replace(record, seconds=time.monotonic() - started)
@@ -99,7 +100,7 @@ def moe(
 
 def opened(recipe: MixtureRecipe) -> tuple[MixturePlan, list[Checkpoint]]:
     """The plan, and the models that it reads: all of `plan.sources` but the one in memory."""
-    references = _references(recipe)
+    references = references_of(recipe)
     found = open_references(list(dict.fromkeys(references)))
     base, *others = (found[reference] for reference in references)
     given = [*recipe.experts, *([] if recipe.shared is None else [recipe.shared])]
@@ -132,6 +133,7 @@ def make_into(
         mixture.config.pop(name, None)
     _write_json(folder / "config.json", mixture.config)
     record |= {
+        "files": {**record["files"], "config.json": hash_file(folder / "config.json")},
         "kind": KIND,
         "method": mixture.layout.model_type,
         "sources": record["sources"][: len(sources)],
@@ -144,7 +146,7 @@ def make_into(
     return record
 
 
-def _references(recipe: MixtureRecipe) -> list[Reference]:
+def references_of(recipe: MixtureRecipe) -> list[Reference]:
     """The base, the experts and the shared expert."""
     experts = [*recipe.experts, *([] if recipe.shared is None else [recipe.shared])]
     return [Reference.parse(ref) for ref in (recipe.base_model, *(expert.source_model for expert in experts))]

@@ -8,3 +8,5 @@ from interfuse.pipeline.finished import load_run as load_run
 from interfuse.pipeline.record import RunRecord as RunRecord
 from interfuse.pipeline.steps import check as check
 from interfuse.pipeline.steps import run as run
+from interfuse.pipeline.verifying import Verification as Verification
+from interfuse.pipeline.verifying import verify as verify
