@@ -149,14 +149,10 @@ class Tokenizer(Section):
     """The output's vocabulary, as docs/tokenizers.md says."""
 
     source: Any = Field(
-        default="union",
-        description="union, base, or a model (merged or not) whose tokenizer is taken.",
-        json_schema_extra=_REFERENCE,
+        default="union", description="union, base, or a model whose tokenizer is taken.", json_schema_extra=_REFERENCE
     )
     tokens: dict[str, TokenRow] | None = Field(default=None, description="Tokens that are added, or whose rows are chosen.")
-    pad_to_multiple_of: Count | None = Field(
-        default=None, description="The rows are the next multiple that the tokens need; 1 cuts padding off."
-    )
+    pad_to_multiple_of: Count | None = Field(default=None, description="Rows up to the next multiple; 1 cuts padding off.")
 
 
 class Head(Section):
@@ -316,9 +312,7 @@ class Recipe(Section):
     out_dtype: Ref | None = Field(default=None, description="The type that a merge is written in.")
     int8_mask: bool | None = Field(default=None, description="Accepted, and changes nothing.")
     tokenizer_source: Any = Field(
-        default=None,
-        description="The tokenizer that the output gets, and all models' rows with it: union, base, or a model.",
-        json_schema_extra=_REFERENCE_OR_NONE,
+        default=None, description="The output's tokens: union, base, or a model's.", json_schema_extra=_REFERENCE_OR_NONE
     )
     tokenizer: Tokenizer | None = Field(default=None, description="In place of tokenizer_source, where more is to be said.")
     chat_template: Ref | None = Field(
