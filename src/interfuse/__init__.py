@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from interfuse.errors import RecipeError as RecipeError
     from interfuse.errors import UserError as UserError
     from interfuse.evaluation.compare import compare as compare
+    from interfuse.evaluation.soup import greedy_soup as greedy_soup
     from interfuse.inference.predict import predict as predict
     from interfuse.mixture import moe as moe
     from interfuse.models import load_model as load_model
@@ -53,6 +54,7 @@ _HOME = {
     "compare": "evaluation.compare",
     "extract_lora": "engine.extract",
     "fit": "training.fit",
+    "greedy_soup": "evaluation.soup",
     "load": "saving",
     "load_data": "data",
     "load_model": "models",

@@ -41,7 +41,8 @@ CLAIMS: dict[str, list[WeightClaims]] = {
     "subspace_boost": [WeightClaims(**NOT_EQUAL), WeightClaims({"leading_share": 1.0})],
     "star": [WeightClaims(**NOT_EQUAL), WeightClaims({"kept_share": 1.0})],
 }
-CASES = [(m.name, claims) for m in methods("weights") for claims in CLAIMS.get(m.name, [WeightClaims()])]
+DATA_FREE = [method for method in methods("weights") if "data" not in method.needs]
+CASES = [(m.name, claims) for m in DATA_FREE for claims in CLAIMS.get(m.name, [WeightClaims()])]
 
 
 def shown(value: Any) -> str:

@@ -75,6 +75,7 @@ PUBLIC = [
     "compare",
     "extract_lora",
     "fit",
+    "greedy_soup",
     "load",
     "load_data",
     "load_model",

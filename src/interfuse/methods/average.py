@@ -44,6 +44,17 @@ def uniform_soup(weights: Sequence[float]) -> Combination:
     return Combination(0.0, (1 / len(weights),) * len(weights), 1.0)
 
 
+@register("greedy_soup", "weights", form="coefficients", paper=_SOUPS, needs="validation data")
+def greedy_soup(weights: Sequence[float]) -> Combination:
+    """Plain average of the models that help: the best first, each is added while a metric on validation data doesn't drop.
+
+    A run chooses by `data.validation` and `evaluate.metric`, and is then the `linear` merge of the chosen, recorded with
+    every step. In Python: `interfuse.greedy_soup`. Numbers alone can't say which models help: an `OptionError`.
+    """
+    allowed = "run a recipe with data.validation, or choose by interfuse.greedy_soup and merge by linear"
+    raise OptionError(Problem("merge_method", "greedy_soup chooses its models by validation data", allowed))
+
+
 @register("ema", "weights", form="coefficients", paper="https://arxiv.org/abs/1803.05407")
 def ema(weights: Sequence[float], *, decay: Decay) -> Combination:
     """Exponential moving average of a run's checkpoints, oldest first: s_1 = t_1, s_k = decay s_(k-1) + (1 - decay) t_k.

@@ -48,7 +48,7 @@ class Result:
 
 def run_networks(recipe: Recipe, folder: Path, *, trust_code: bool, device: str | None, progress: bool) -> Result:
     """Load, fuse, train, evaluate, and write the model's files to `folder`. The recipe has been checked."""
-    place = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device_name(device)
     networks = load_networks(recipe, trust_code=trust_code)
     hashes = {name: open_checkpoint(network).hash() for name, network in networks.items()}
     sets = load_sets(recipe, trust_code=trust_code)
@@ -70,7 +70,7 @@ def run_networks(recipe: Recipe, folder: Path, *, trust_code: bool, device: str 
 
 def evaluate_merged(recipe: Recipe, folder: Path, *, trust_code: bool, device: str | None, progress: bool) -> Result:
     """Evaluate the merge that lies in `folder`, as Transformers loads it."""
-    place = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device_name(device)
     model = load_model(str(folder), trust_code=trust_code)
     sets = load_sets(recipe, trust_code=trust_code, merged=folder)
     found = evaluate(recipe, model, sets["test"], place, progress=progress) if "test" in sets else None
@@ -96,6 +96,11 @@ def settled(seed: int, threads: int | None) -> Iterator[None]:
             random.setstate(python)
             np.random.set_state(numpy)
             torch.set_num_threads(before)
+
+
+def device_name(device: str | None) -> str:
+    """The device as asked, or cuda where there is one."""
+    return str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def check_device(device: str | None) -> list[Problem]:

@@ -31,6 +31,7 @@ class RunRecord:
     out: the folder, None in a dry run. form: fusion, ensemble, merge or single; method: its name, "" for one model alone.
     plan: what was, or would be, done, as text. inputs: models and data sets with SHA-256 hashes, where they have one.
     training: `FitRecord` as a dict. test: metric, value, low and high (95% bootstrap interval), examples.
+    soup: how a soup's models were chosen: metric, validation data, value, steps; None for other runs.
     classes: the names of the classes, in the order of the outputs; None for numbers. notes: what was resolved on the way.
     """
 
@@ -44,6 +45,7 @@ class RunRecord:
     training: dict[str, Any] | None = None
     test: dict[str, Any] | None = None
     classes: tuple[str, ...] | None = None
+    soup: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
     papers: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
@@ -58,7 +60,8 @@ class RunRecord:
     def text(self) -> str:
         """The record in a few lines."""
         if self.out is None:
-            return f"{self.plan}\nnothing was written (dry run)"
+            choice = f"which of these are averaged is chosen on {self.soup['validation']}\n" if self.soup is not None else ""
+            return f"{self.plan}\n{choice}nothing was written (dry run)"
         lines = [f"{self.out}: {self.title()}, in {self.seconds:.1f} s"]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes), *self.scores()])
 
@@ -71,6 +74,12 @@ class RunRecord:
     def scores(self) -> list[str]:
         """One line for the validation, one for the test."""
         lines = []
+        if self.soup is not None:
+            for i, step in enumerate(self.soup["steps"]):
+                what = "kept" if step["kept"] else "left out"
+                lines.append(
+                    f"{'+ ' if i else ''}{step['model']}: {self.soup['metric']} {step['value']:.4g} on validation, {what}"
+                )
         if self.training is not None and self.training["best"]:
             values = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in self.training["best"].items())
             lines.append(f"best epoch {self.training['best_epoch']}: {values}")

@@ -20,7 +20,7 @@ from interfuse.pipeline.finished import code_of, description, is_saved
 from interfuse.pipeline.record import RunRecord, hash_source, versions, write
 from interfuse.plan import Plan
 from interfuse.recipe import Recipe, check_recipes
-from interfuse.recipe.check import TRUST, method_of, names_of, options_of
+from interfuse.recipe.check import TRUST, chooses, method_of, names_of, options_of
 from interfuse.recipe.pieces import references
 
 
@@ -61,12 +61,14 @@ def run(
     beside = Path(recipe).resolve().parent if isinstance(recipe, str | Path) else None
     if seed is not None:
         chain = tuple(read.model_copy(update={"seed": seed}) for read in chain)
-    checked, of_files = chain[-1], merges_files(chain)
     _check_options(seed, threads, device)
+    how: dict[str, Any] = {"trust_code": trust_code, "threads": threads, "device": device, "progress": progress}
+    chain, soup = _with_chosen(chain, Path(out), beside, dry_run=dry_run, overwrite=overwrite, **how)
+    checked, of_files = chain[-1], merges_files(chain)
     scratch = Path(out).resolve().parent
     stages = plan_recipes(chain, compat=mergekit_compat, scratch=scratch) if of_files else []
     _, plan, sources = stages[-1] if stages else (None, None, [])
-    record = _intended(checked, plan)
+    record = dataclasses.replace(_intended(checked, plan), soup=soup)
     if dry_run:
         return dataclasses.replace(record, versions=versions(), seconds=time.monotonic() - started)
     with whole_folder(out, overwrite=overwrite, inputs=_inputs(chain), resume=resume) as folder:
@@ -113,6 +115,18 @@ def _intended(recipe: Recipe, plan: Plan | None) -> RunRecord:
     )
 
 
+def _with_chosen(
+    chain: tuple[Recipe, ...], out: Path, beside: Path | None, **options: Any
+) -> tuple[tuple[Recipe, ...], dict[str, Any] | None]:
+    """The recipes, a soup's with the models that its data chooses, and how they were chosen (None: there is nothing to)."""
+    if not chooses(chain[-1]):
+        return chain, None
+    from interfuse.pipeline.soup import chosen_soup
+
+    with code_beside(beside):
+        return chosen_soup(chain[-1], out, of_files=merges_files(chain), **options)
+
+
 @contextmanager
 def code_beside(folder: Path | None) -> Iterator[None]:
     """`python:` references also find modules in `folder`, that of the recipe."""
@@ -149,11 +163,13 @@ def _further(recipe: Recipe, trust_code: bool) -> list[Problem]:
         from interfuse.pipeline.networks import names_problems
 
         problems += names_problems(recipe)
-    if recipe.data is not None and recipe.data.test is not None and recipe.models and merges_files([recipe]):
+    key = "test" if recipe.data is not None and recipe.data.test is not None else "validation"
+    evaluated = recipe.data is not None and (recipe.data.test is not None or chooses(recipe))
+    if evaluated and recipe.models and merges_files([recipe]):
         reference = Path(recipe.base_model or recipe.models[0].model)
         if not (reference / "config.json").is_file():
             allowed = "name the code: model: python:module:function with weights: FILE"
-            problems.append(Problem("data.test", f"{reference} has no network to evaluate the merge with", allowed))
+            problems.append(Problem(f"data.{key}", f"{reference} has no network to evaluate the merge with", allowed))
     if recipe.form == "merge" and not merges_files([recipe]):
         asked = {"tokenizer": recipe.tokenizer, "chat_template": recipe.chat_template}
         asked |= {"tokenizer_source": recipe.tokenizer_source} if recipe.tokenizer_source != "base" else {}

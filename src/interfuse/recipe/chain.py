@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from interfuse.errors import Problem, RecipeError
+from interfuse.recipe.check import chooses
 from interfuse.recipe.merges import entries_in, gives_tasks, tokenizer_models
 from interfuse.recipe.pieces import pieces
 from interfuse.recipe.references import Reference, place
@@ -105,6 +106,9 @@ def chain_problems(recipes: Sequence[Recipe]) -> list[Problem]:
         inside = f"documents[{i}]"
         if recipe.form != "merge":
             problems.append(Problem(f"{inside}.merge_method", "missing", "each recipe in a file of several is a merge"))
+        if chooses(recipe):
+            wrong = f"{recipe.merge_method} loads its models, and stands beside other recipes"
+            problems.append(Problem(f"{inside}.merge_method", wrong, "give it a file of its own"))
         if recipe.name is None and i < len(recipes) - 1:
             problems.append(Problem(f"{inside}.name", "missing", "a name by which later recipes use its result"))
         elif recipe.name is not None and recipe.name in names[:i]:

@@ -191,13 +191,15 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("data", "neither train nor test is given", "give data.train to train, data.test to evaluate")
     if form == "single" and train is None and recipe.training is not None:
         yield Problem("data.train", "missing while training is set", "give the data to train on")
-    if form in ("merge", "ensemble") and (train is not None or validation is not None):
+    if chooses(recipe):
+        yield from _choice(recipe, train, validation, test)
+    elif form in ("merge", "ensemble") and (train is not None or validation is not None):
         yield Problem("data.train" if train is not None else "data.validation", "nothing is trained here", _REMOVE)
     elif validation is not None and train is None:
         yield Problem("data.validation", "stands without data.train", "give the data to train on")
     if recipe.training is not None and recipe.training.patience is not None and validation is None:
         yield Problem("training.patience", "stands without data.validation", "give validation data, or a share: 0.1")
-    if recipe.evaluate is not None and test is None:
+    if recipe.evaluate is not None and test is None and not chooses(recipe):
         yield Problem("evaluate", "there is no test data", "give data.test")
     if data is not None and isinstance(data.input, dict):
         names = names_of(recipe)
@@ -205,6 +207,34 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
         wrong += [name for name in names if name not in data.input]
         if wrong:
             yield Problem("data.input", f"{wrong} fit no model one to one", f"one entry for each of {names}")
+
+
+def chooses(recipe: Recipe) -> bool:
+    """Whether a merge chooses its models by validation data, and is then an average of those."""
+    try:
+        method = method_of(recipe)
+    except OptionError:
+        return False
+    return recipe.form == "merge" and method is not None and "validation data" in method.needs
+
+
+def _choice(recipe: Recipe, train: Any, validation: Any, test: Any) -> Iterator[Problem]:
+    if train is not None:
+        yield Problem("data.train", "nothing is trained here", _REMOVE)
+    if not isinstance(validation, str):
+        wrong = "missing" if validation is None else f"got {validation!r}"
+        yield Problem(
+            "data.validation", wrong, "the models are chosen by it: give a source of its own (in Python: interfuse.greedy_soup)"
+        )
+    elif validation == test:
+        yield Problem("data.validation", "is data.test too", "what the models are chosen by can't be what is reported")
+    for key in ("slices", "modules"):
+        if getattr(recipe, key) is not None:
+            yield Problem(key, f"{recipe.merge_method} chooses among whole models", "give `models`")
+    weighted = [("parameters", recipe.parameters), *((f"{path}.parameters", e.parameters) for path, e in entries_in(recipe))]
+    for path, parameters in weighted:
+        if "weight" in parameters:
+            yield Problem(f"{path}.weight", "the models that are chosen weigh the same", _REMOVE)
 
 
 def run_problems(recipe: Recipe, *, trust_code: bool) -> list[Problem]:
