@@ -424,6 +424,18 @@ def test_networks_that_code_builds_have_no_tokenizer_to_unite(zoo: Path, tmp_pat
         interfuse.run(keys, tmp_path / "out", trust_code=True)
 
 
+def test_tasks_that_read_the_base_as_it_is_need_its_rows(zoo: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"method": "emr", "parameters": {"output": "per_task"}}
+    with pytest.raises(
+        RecipeError, match=r"parameters.output: per_task reads .*base as it is, and the tokenizer gives it other"
+    ):
+        run(zoo, tmp_path / "out", "one", tokenizer_source="union", **keys)
+    out = run(zoo, tmp_path / "out", "one", "two", tokenizer_source="base", **keys)
+    interfuse.run({"merge_method": "linear", "models": [f"{out}#two"]}, tmp_path / "task", progress=False)
+    assert check_loads(tmp_path / "task").config.vocab_size == 280
+    assert tokens(tmp_path / "task") == tokens(zoo / "base")
+
+
 def test_texts_are_read_by_the_merge_s_own_tokenizer(zoo: Path, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("text,label\n" + "good new film,yes\nbad,no\n" * 4)
     for name, words in {"p": ["good", "bad", "film"], "q": ["new", "good", "bad", "film"]}.items():
@@ -461,6 +473,18 @@ def test_other_tokens_without_a_tokenizer_are_refused_with_the_way_out(zoo: Path
         run(zoo, tmp_path / "out", "one")
     said = "base has F32[280, 8]: other tokens; tokenizer_source: union gives all models the same"
     assert [str(problem).endswith(said) for problem in caught.value.problems] == [True, True]
+
+
+def test_rows_of_other_tokens_that_meet_by_number_are_noted(zoo: Path, tmp_path: Path) -> None:
+    for name, words in {"p": ["a", "b", "c"], "q": ["a", "c", "b"], "r": ["a", "b", "c"]}.items():
+        classifier(tmp_path / name, words)
+    file = tmp_path / "r" / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text())))  # the same tokens, written otherwise
+    found = interfuse.run(recipe(tmp_path, "q", "r", base="p"), tmp_path / "out", dry_run=True)
+    start, end = f"{tmp_path / 'q'}: 2 tokens have other rows than in {tmp_path / 'p'}, e.g. 'c'", "union by token"
+    assert [note.startswith(start) and note.endswith(end) for note in found.notes] == [True]
+    file.write_text("{")
+    assert interfuse.run(recipe(tmp_path, "r", base="p"), tmp_path / "out", dry_run=True).notes == ()
 
 
 def test_everything_wrong_is_said_at_once_and_nothing_is_written(zoo: Path, tmp_path: Path) -> None:

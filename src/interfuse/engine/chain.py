@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from interfuse.checkpoints.source import Checkpoint
+from interfuse.checkpoints.tokenizer import MAIN, read_tokenizer
 from interfuse.engine.folder import files_beside
 from interfuse.engine.global_trim import global_cuts
 from interfuse.engine.merging import Merging
@@ -63,7 +64,9 @@ def plan_recipe(
     """A recipe's plan, and the checkpoints that it is for; those `given` by name are taken as they are."""
     checkpoints = open_references(references(recipe), given)
     if recipe.tokenizer_source is None and recipe.tokenizer is None and recipe.chat_template is None:
-        return plan_merge(recipe, checkpoints, compat=compat), list(checkpoints.values())
+        sources = list(checkpoints.values())
+        plan = plan_merge(recipe, checkpoints, compat=compat)
+        return replace(plan, notes=(*plan.notes, *_other_words(sources, sources[plan.lead]))), sources
     from interfuse.engine.wording import leveled, reworded, together  # most merges do without
 
     try:
@@ -76,6 +79,33 @@ def plan_recipe(
         raise
     plan = plan_merge(recipe, checkpoints, compat=compat)
     return replace(plan, wording=wording, notes=(*plan.notes, *wording.notes)), list(checkpoints.values())
+
+
+def _other_words(sources: Sequence[Checkpoint], lead: Checkpoint) -> Iterator[str]:
+    """Notes on models whose tokens have other rows than the lead's: without a tokenizer, rows meet by their number.
+
+    Files that are equal aren't read as JSON; those that can't be read, or aren't here yet, are passed over.
+    """
+    files = {source.name: _tokenizer_file(source) for source in (lead, *sources)}
+    first = files[lead.name]
+    for name, content in files.items():
+        if first is None or content is None or content == first:
+            continue
+        try:
+            mine, theirs = (found.tokens for file in (first, content) if (found := read_tokenizer({MAIN: file}, name)))
+        except UserError:
+            continue
+        other = [token for token, row in theirs.items() if mine.get(token) != row]
+        if other:
+            wrong = f"{len(other)} tokens have other rows than in {lead.name}, e.g. {other[0]!r}"
+            yield f"{name}: {wrong}; rows are merged by their number, with tokenizer_source: union by token"
+
+
+def _tokenizer_file(source: Checkpoint) -> bytes | None:
+    path = None if source.folder is None else source.folder / MAIN
+    if MAIN in source.beside or path is None or not path.is_file():
+        return source.beside.get(MAIN)
+    return path.read_bytes()
 
 
 def merged(name: str, plan: Plan, sources: Sequence[Checkpoint], scratch: Path | None) -> Checkpoint:

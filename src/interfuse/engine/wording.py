@@ -26,7 +26,7 @@ from interfuse.engine.opening import fetch_side_files, open_references
 from interfuse.errors import CheckpointError, Problem, RecipeError, UserError
 from interfuse.plan import Wording, config_of
 from interfuse.recipe import Recipe
-from interfuse.recipe.merges import tokenizer_models
+from interfuse.recipe.merges import gives_tasks, tokenizer_models
 from interfuse.recipe.pieces import pieces
 from interfuse.recipe.references import Reference
 
@@ -55,6 +55,9 @@ def reworded(
             base = None if first.base is None else str(lead)
             found = vocabulary(choice, homes, base, sizes, _elsewhere(recipe, homes, given))
             models = {key: _with(found, key, models, names[key]) for key in models}
+            if gives_tasks(recipe) and models[str(lead)] is not checkpoints[lead]:
+                wrong = f"per_task reads {lead} as it is, and the tokenizer gives it other rows"
+                raise RecipeError(Problem("parameters.output", wrong, "tokenizer_source: base, or leave one of the two out"))
         except UserError as error:
             errors.append(error)
     try:
