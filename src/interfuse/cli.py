@@ -90,7 +90,7 @@ def run(
             allow_nonfinite=allow_nonfinite,
             mergekit_compat=mergekit_compat,
         )
-    typer.echo(_document(record.to_dict()) if as_json else record.text())
+    typer.echo(_document(record.to_dict()) if as_json else record.text(shutil.get_terminal_size((200, 24)).columns))
 
 
 @app.command()

@@ -110,7 +110,8 @@ class Plan:
         }
         content |= {"wording": self.wording.digest} if self.wording else {}
         content |= {"earlier": self.earlier} if self.earlier else {}
-        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), check_circular=False)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def __str__(self) -> str:
         lines = [f"{self.method}, seed {self.seed}"]

@@ -19,6 +19,7 @@ import yaml
 from interfuse import __version__
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import names_of
+from interfuse.report.plan import text
 
 RECIPE = "recipe.yaml"
 DESCRIPTION = "interfuse.json"
@@ -29,7 +30,8 @@ class RunRecord:
     """What was run and what came of it.
 
     out: the folder, None in a dry run. form: fusion, ensemble, merge or single; method: its name, "" for one model alone.
-    plan: what was, or would be, done, as text. inputs: models and data sets with SHA-256 hashes, where they have one.
+    plan: what was, or would be, done: of a merge of files as data (docs/recipes.md), else as text; here: what such a merge
+    would take of this machine, in a dry run. inputs: models and data sets with SHA-256 hashes, where they have one.
     training: `FitRecord` as a dict. test: metric, value, low and high (95% bootstrap interval), examples.
     soup: how a soup's models were chosen: metric, validation data, value, steps; None for other runs.
     classes: the names of the classes, in the order of the outputs; None for numbers. notes: what was resolved on the way.
@@ -40,7 +42,8 @@ class RunRecord:
     method: str
     models: tuple[str, ...]
     seed: int
-    plan: str
+    plan: str | dict[str, Any]
+    here: dict[str, Any] | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] | None = None
     test: dict[str, Any] | None = None
@@ -57,11 +60,12 @@ class RunRecord:
         plain: dict[str, Any] = _plain(values)
         return plain
 
-    def text(self) -> str:
-        """The record in a few lines."""
+    def text(self, width: int = 200) -> str:
+        """The record in a few lines, of at most `width` characters where they are a table's."""
         if self.out is None:
+            plan = self.plan if isinstance(self.plan, str) else text(self.plan, self.here, width=width)
             choice = f"which of these are averaged is chosen on {self.soup['validation']}\n" if self.soup is not None else ""
-            return f"{self.plan}\n{choice}nothing was written (dry run)"
+            return f"{plan}\n{choice}nothing was written (dry run)"
         lines = [f"{self.out}: {self.title()}, in {self.seconds:.1f} s"]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes), *self.scores()])
 
@@ -107,7 +111,7 @@ def write(folder: Path, chain: Sequence[Recipe], record: RunRecord, kind: str) -
     """
     path = folder / DESCRIPTION
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"kind": kind, "interfuse": __version__}
-    about["run"] = {key: value for key, value in record.to_dict().items() if key not in ("out", "plan")}
+    about["run"] = {key: value for key, value in record.to_dict().items() if key not in ("out", "plan", "here")}
     path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / RECIPE).write_text(as_yaml(chain), encoding="utf-8")
     (folder / "README.md").write_text(_card(chain, record), encoding="utf-8")

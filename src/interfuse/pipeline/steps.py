@@ -12,16 +12,18 @@ from typing import Any
 
 from interfuse.checkpoints.numbers import FLOATS, float_named
 from interfuse.checkpoints.tasks import on_disk
-from interfuse.checkpoints.writer import whole_folder
-from interfuse.engine.chain import plan_recipes
+from interfuse.checkpoints.writer import check_output, room, whole_folder
+from interfuse.engine.chain import Planned, plan_recipes
+from interfuse.engine.estimate import estimate, room_for
 from interfuse.engine.folder import merge_into
 from interfuse.errors import OptionError, Problem, nearest
 from interfuse.pipeline.finished import code_of, description, is_saved
 from interfuse.pipeline.record import RunRecord, hash_source, versions, write
-from interfuse.plan import Plan
+from interfuse.plan import uncollected
 from interfuse.recipe import Recipe, check_recipes
 from interfuse.recipe.check import TRUST, chooses, method_of, names_of, options_of
 from interfuse.recipe.pieces import references
+from interfuse.report.outline import outline
 
 
 def check(
@@ -66,12 +68,16 @@ def run(
     chain, soup = _with_chosen(chain, Path(out), beside, dry_run=dry_run, overwrite=overwrite, **how)
     checked, of_files = chain[-1], merges_files(chain)
     scratch = Path(out).resolve().parent
-    stages = plan_recipes(chain, compat=mergekit_compat, scratch=scratch) if of_files else []
-    _, plan, sources = stages[-1] if stages else (None, None, [])
-    record = dataclasses.replace(_intended(checked, plan), soup=soup)
-    if dry_run:
-        return dataclasses.replace(record, versions=versions(), seconds=time.monotonic() - started)
-    with whole_folder(out, overwrite=overwrite, inputs=_inputs(chain), resume=resume) as folder:
+    with uncollected():
+        stages = plan_recipes(chain, compat=mergekit_compat, scratch=scratch) if of_files else []
+        _, plan, sources = stages[-1] if stages else (None, None, [])
+        record = dataclasses.replace(_intended(checked, stages), soup=soup)
+        nbytes = room_for(stages) if stages else 0
+        if dry_run:
+            check_output(out, overwrite=overwrite, inputs=_inputs(chain), nbytes=nbytes)
+            here = machine(stages, out, threads) if stages else None
+            return dataclasses.replace(record, here=here, versions=versions(), seconds=time.monotonic() - started)
+    with whole_folder(out, overwrite=overwrite, inputs=_inputs(chain), resume=resume, nbytes=nbytes) as folder:
         if plan is not None:
             written = [read.model_dump(mode="json", exclude_defaults=True) for read in chain]
             merge_into(
@@ -100,7 +106,17 @@ def run(
     return record
 
 
-def _intended(recipe: Recipe, plan: Plan | None) -> RunRecord:
+def machine(stages: Sequence[Planned], out: str | Path, threads: int | None = None) -> dict[str, Any]:
+    """What the plan of a merge leaves out, for it differs from machine to machine: work, memory, room on the disk."""
+    found = estimate(stages, threads)
+    free, place = room(out)
+    return {
+        "work": {"threads": found.threads, "seconds": round(found.seconds, 1), "memory": found.memory},
+        "disk": {"out": str(out), "needs": found.nbytes, "free": free, "place": str(place)},
+    }
+
+
+def _intended(recipe: Recipe, stages: Sequence[Planned]) -> RunRecord:
     """The record of a run that has yet to be made."""
     method = method_of(recipe)
     return RunRecord(
@@ -109,9 +125,9 @@ def _intended(recipe: Recipe, plan: Plan | None) -> RunRecord:
         method=method.name if method else "",
         models=tuple(names_of(recipe) or (Path(ref.path).name for ref in references(recipe))),
         seed=recipe.seed,
-        plan=_described(recipe) if plan is None else str(plan),
+        plan=outline(stages) if stages else _described(recipe),
         papers=(method.paper,) if method and method.paper else (),
-        notes=() if plan is None else plan.notes,
+        notes=stages[-1].plan.notes if stages else (),
     )
 
 
