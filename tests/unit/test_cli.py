@@ -143,7 +143,7 @@ def test_options_reach_the_run(capsys: Capture, monkeypatch: pytest.MonkeyPatch)
 
     def fake(recipe: Path, out: Path, **options: Any) -> Any:
         seen.update(options, recipe=recipe, out=out)
-        return types.SimpleNamespace(text=lambda: "done")
+        return types.SimpleNamespace(text=lambda width: "done")
 
     monkeypatch.setattr("interfuse.pipeline.run", fake)
     arguments = ["--threads", "2", "--device", "cpu", "--seed", "4", "--overwrite", "--trust-code", "--dry-run"]
