@@ -352,6 +352,47 @@ def test_an_adapter_that_adds_tokens(zoo: Path, tmp_path: Path) -> None:
         check_loads(out)
 
 
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        (
+            {EMBEDDING: 282},
+            r"model.embed_tokens.weight' has 282 rows, and 'lm_head.weight' 280; save all embeddings and heads in one",
+        ),
+        ({EMBEDDING: 282, HEAD: 281}, r"has 282 rows, and 'lm_head.weight' 281"),
+        (
+            {EMBEDDING: 282, "lm_head.bias": 282},
+            r"'base_model.model.lm_head.bias' changes 'lm_head.bias', which the model doesn't have",
+        ),
+    ],
+)
+def test_an_adapter_whose_rows_do_not_fit_each_other(zoo: Path, tmp_path: Path, saved: dict[str, int], said: str) -> None:
+    stored_rows = {f"base_model.model.{name}": np.ones((rows, WIDTH), np.float32) for name, rows in saved.items()}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "modules_to_save": ["embed_tokens", "lm_head"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(stored_rows, tmp_path / "adapter_model.safetensors")
+    keys = {"merge_method": "linear", "models": [f"{zoo / 'base'}+{tmp_path}"]}
+    with pytest.raises(CheckpointError, match=said):
+        interfuse.run(keys, tmp_path / "out", dry_run=True)
+
+
+def test_a_head_that_an_adapter_unties_is_refused(zoo: Path, tmp_path: Path) -> None:
+    put(tmp_path / "base", tokenizer([COMMON] * 3, 280), 3, tied=True)
+    rows = np.ones((281, WIDTH), np.float32)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "modules_to_save": ["embed_tokens", "lm_head"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    keys = {"merge_method": "linear", "models": [f"{tmp_path / 'base'}+{tmp_path}"]}
+    for factor, refused in ((1, False), (2, True)):
+        both = {f"base_model.model.{EMBEDDING}": rows, f"base_model.model.{HEAD}": rows * np.float32(factor)}
+        save_file(both, tmp_path / "adapter_model.safetensors")
+        if not refused:
+            interfuse.run(keys, tmp_path / "out", progress=False)
+            assert check_loads(tmp_path / "out").config.vocab_size == 281
+            continue
+        with pytest.raises(CheckpointError, match=r"changes 'lm_head.weight', which the model doesn't have"):
+            interfuse.run(keys, tmp_path / "out", dry_run=True)
+
+
 # Chains, and the function
 
 

@@ -129,7 +129,7 @@ class _Fitted:
 
     def _is_tied(self, target: str, key: str) -> bool:
         """Whether what is saved for a head that the model hasn't is what is saved for its embedding."""
-        if target in self.names or not is_vocabulary(target):
+        if target in self.names or not is_vocabulary(target) or not target.endswith(".weight"):
             return False
         weights = self.adapter.weights
         others = [other for name, other in self.adapter.whole.items() if name in self.names and is_vocabulary(name)]

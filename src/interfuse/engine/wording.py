@@ -69,7 +69,7 @@ def reworded(
     wording = Wording(files, notes=notes, digest=_digest(files, found))
     if found is not None:
         rows = _rows(checkpoints[lead]), found.size
-        where = f"its rows are in {', '.join(names[str(lead)])}"
+        where = f"rows of tokens are in {', '.join(names[str(lead)])}"
         wording = wording._replace(changes=found.changes, rows=rows, notes=(*found.notes, where, *notes))
     return {reference: models[str(reference)] for reference in checkpoints}, wording
 
