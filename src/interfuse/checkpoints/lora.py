@@ -18,9 +18,9 @@ import numpy as np
 from interfuse.checkpoints.adapters import Adapter, Pair
 from interfuse.checkpoints.adapters import open_adapter as open_adapter
 from interfuse.checkpoints.embedding import is_vocabulary
+from interfuse.checkpoints.names import align
 from interfuse.checkpoints.numbers import STORED_FLOATS, widen
 from interfuse.checkpoints.places import Place
-from interfuse.checkpoints.prefixes import align
 from interfuse.checkpoints.source import BLOCK, Checkpoint, TensorSpec
 from interfuse.errors import CheckpointError, Problem
 

@@ -1,12 +1,15 @@
 """One network, names that differ by a prefix: what data-parallel training, compilers and task heads put before them all.
 
-Only a constant prefix is resolved, and always said. Renamed parts aren't guessed.
+Only a constant prefix is resolved: of whole models (`match_names`, which says what it did), and for a few tensors of one
+(`align`). Renamed parts aren't guessed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+
+from interfuse.errors import CheckpointError, Problem
 
 _WRAPPERS = ("module.", "model.", "_orig_mod.")
 _SHOWN = 5  # names that a message lists of many
@@ -30,6 +33,32 @@ def match_names(reference: Collection[str], names: Collection[str]) -> tuple[dic
         if len(moved) == len(best) and here > shared:
             best, note, shared = moved, _moved(theirs, ours), here
     return best, note
+
+
+def align(wanted: Iterable[str], present: Iterable[str], path: str = "") -> dict[str, str]:
+    """`{wanted: present}` for the names that are there, as they are or by the one change of prefix that finds most.
+
+    Names that aren't there are left out. Two changes that find equally many are a `CheckpointError`.
+    """
+    there = dict.fromkeys(present)
+    wanted = list(dict.fromkeys(wanted))
+    found = {name: name for name in wanted if name in there}
+    missing = [name for name in wanted if name not in found]
+    ours, theirs = (_endings(there), _endings(missing)) if missing else ({}, {})
+    changes: dict[str, dict[str, str]] = {}
+    for name in missing:
+        for prefix in ours.get(name, ()):
+            changes.setdefault(f"adding {prefix!r}", {})[name] = prefix + name
+    for name in there:
+        for prefix in theirs.get(name, ()):
+            changes.setdefault(f"taking {prefix!r} away", {})[prefix + name] = name
+    most = max(map(len, changes.values()), default=0)
+    best = [change for change, names in changes.items() if len(names) == most]
+    if len(best) > 1:
+        wrong = f"{missing[0]!r} isn't there, and {' or '.join(best)} finds {most} tensors each"
+        raise CheckpointError(Problem(path, wrong, "rename them"))
+    found |= changes[best[0]] if best else {}
+    return {name: found[name] for name in wanted if name in found}
 
 
 def listed(names: Sequence[str], what: str) -> list[str]:
