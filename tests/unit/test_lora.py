@@ -21,7 +21,7 @@ from torch import nn
 
 from interfuse.checkpoints.lora import open_adapter, with_adapter
 from interfuse.checkpoints.lowrank import add_product
-from interfuse.checkpoints.prefixes import align
+from interfuse.checkpoints.names import align
 from interfuse.checkpoints.source import Checkpoint, open_checkpoint
 from interfuse.engine.adapters import merge_adapters
 from interfuse.engine.extract import extract_lora
