@@ -55,9 +55,8 @@ def _meanings() -> str:
     for method in methods():
         for name, schema in described(method)["options"].items():
             users.setdefault((name, schema.get("description", "")), []).append(f"`{method.name}`")
-    return table(
-        ("Option", "Meaning", "Of"), *((f"`{name}`", about, ", ".join(of)) for (name, about), of in users.items())
-    )  # fmt: skip
+    rows = [(f"`{name}`", about, ", ".join(dict.fromkeys(of))) for (name, about), of in users.items()]
+    return table(("Option", "Meaning", "Of"), *rows)
 
 
 def _link(paper: str) -> str:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from interfuse.errors import OptionError, Problem, nearest
 
-Level = Literal["weights", "layers", "features", "outputs"]
+Level = Literal["weights", "adapters", "layers", "features", "outputs"]
 LEVELS: tuple[Level, ...] = typing.get_args(Level)
 #: What a weight method can be (`interfuse.methods.forms`).
 FORMS = ("coefficients", "rule", "blocks", "matrices")
@@ -31,6 +31,7 @@ ENTRY_POINTS = "interfuse.methods"
 #: looking up a weight method doesn't import torch.
 _HOMES: dict[Level, str] = {
     "weights": "interfuse.methods",
+    "adapters": "interfuse.engine.adapter_methods",
     "features": "interfuse.modules",
     "outputs": "interfuse.modules",
 }

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from interfuse.checkpoints.lora import open_adapter, with_adapter
 from interfuse.checkpoints.source import open_checkpoint
-from interfuse.engine.adapters import Factors, knots, linear, svd, truncate
+from interfuse.engine.adapter_methods import Factors, knots, linear, svd, truncate
 from interfuse.engine.extract import extract_lora
 
 

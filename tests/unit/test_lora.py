@@ -401,7 +401,7 @@ def test_equal_adapters_give_themselves_and_types_are_as_asked(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "tias"}, "adapters aren't merged by 'tias'; allowed: linear, svd, knots"),
+        ({"method": "tias"}, "no adapters method is named 'tias'; did you mean 'ties'"),
         ({"method": "svd", "rank": 0}, "options.rank: got 0; at least 1"),
         ({"method": "svd", "rnk": 1}, "options.rnk: unknown option; did you mean 'rank'"),
         ({"method": "knots", "density": 1.5}, "options.density: got 1.5; at most 1"),

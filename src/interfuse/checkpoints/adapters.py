@@ -100,6 +100,11 @@ class _Parts:
     names: dict[str, str] = field(default_factory=dict)
 
 
+def is_adapter(path: str | Path) -> bool:
+    """Whether a path is the folder of an adapter, and not of a model."""
+    return (Path(path) / CONFIG).is_file() and not (Path(path) / "config.json").is_file()
+
+
 def open_adapter(folder: str | Path, weights: Checkpoint | None = None) -> Adapter:
     """Open a folder with `adapter_config.json` and `adapter_model.safetensors` or `.bin`, as peft writes it.
 

@@ -1,92 +1,39 @@
-"""LoRA adapters merged with each other, without their base: in their small factors, no weight's change is ever formed.
+"""LoRA adapters merged with each other, without their base, module by module.
 
-An adapter's change of a weight is s B A. What comes out is an adapter again. To merge models that have adapters (with DoRA,
-or by other methods), open them with `checkpoints.lora.with_adapter` and merge those. Sources: LoRA 2106.09685; KnOTS
-2410.19735.
+An adapter's change of a weight is s B A. What comes out is an adapter again; how a module's factors are merged is
+`adapter_methods`' part. To merge models that have adapters (with DoRA, or by other methods), open them with
+`checkpoints.lora.with_adapter` and merge those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
-from pydantic import Field
 
 from interfuse.checkpoints.adapter_writer import AdapterWriter, lora_config
 from interfuse.checkpoints.adapters import Adapter, Pair, open_adapter
 from interfuse.checkpoints.numbers import FLOATS, STORED_FLOATS, float_named, widen
 from interfuse.checkpoints.writer import whole_folder
+from interfuse.engine.adapter_methods import Factors
 from interfuse.errors import CheckpointError, OptionError, Problem, UserError, nearest
-from interfuse.methods.forms import Density, Normalize, normalized
-from interfuse.methods.knots import Combine, align_factors, merge_aligned
-from interfuse.registry import Method
-
-Rank = Annotated[int | None, Field(ge=1, description="The rank of each module's factors; none: the adapters' largest.")]
+from interfuse.methods.forms import normalized
+from interfuse.progress import track
+from interfuse.registry import Method, find
 
 
-class Factors(NamedTuple):
-    """A change `up @ down` of a weight: `[out, r]` and `[r, in]`, float64, the scale in `up`. An absent one has r = 0."""
+class Prepared(NamedTuple):
+    """A merge of adapters that can be done: its method with its options, the adapters, and a number for each."""
 
-    up: np.ndarray
-    down: np.ndarray
-
-
-def linear(factors: Sequence[Factors], weights: Sequence[float], *, normalize: Normalize = True) -> Factors:
-    """The weighted mean (or sum) of the changes, exactly: their factors side by side, of the sum of their ranks."""
-    coefficients = normalized(weights) if normalize else weights
-    up = np.concatenate([weight * pair.up for pair, weight in zip(factors, coefficients, strict=True)], 1)
-    return Factors(up, np.concatenate([pair.down for pair in factors], 0))
-
-
-def svd(factors: Sequence[Factors], weights: Sequence[float], *, rank: Rank = None, normalize: Normalize = True) -> Factors:
-    """The weighted mean (or sum) of the changes, as near as a change of that rank can be: its leading singular vectors."""
-    return truncate(linear(factors, weights, normalize=normalize), rank or max(len(pair.down) for pair in factors))
-
-
-def knots(
-    factors: Sequence[Factors],
-    weights: Sequence[float],
-    *,
-    combine: Annotated[Combine, Field(description="How the aligned parts are merged.")] = "ties",
-    density: Density = (0.5,),
-    normalize: Normalize = True,
-    lambda_: Annotated[
-        float, Field(alias="lambda", allow_inf_nan=False, description="What the change is multiplied by.")
-    ] = 1.0,
-    rank: Rank = None,
-    seed: Annotated[int, Field(ge=0, description="What the entries that `dare_*` drops are drawn from.")] = 0,
-) -> Factors:
-    """Changes merged by TIES, DARE or linearly in the directions that they share, then truncated to `rank`.
-
-    [D_1 .. D_M] = U S [V_1' .. V_M'], from the factors; the parts S V_i' are merged entry by entry. `density` is a share
-    of joint rank * in entries, and isn't used by `combine: linear`.
-    """
-    basis, parts = align_factors([pair.up for pair in factors], [pair.down for pair in factors])
-    merged = merge_aligned(parts, weights, combine=combine, density=density, normalize=normalize, seed=seed)
-    return truncate(Factors(lambda_ * basis, merged), rank or max(len(pair.down) for pair in factors))
-
-
-_METHODS = {
-    method.name: method
-    for method in (
-        Method("linear", "weights", linear, "https://arxiv.org/abs/2203.05482", ""),
-        Method("svd", "weights", svd, "https://arxiv.org/abs/2106.09685", ""),
-        Method("knots", "weights", knots, "https://arxiv.org/abs/2410.19735", ""),
-    )
-}
-
-
-def truncate(factors: Factors, rank: int) -> Factors:
-    """The nearest factors of at most that rank, each with the roots of the singular values; at least of rank 1."""
-    left, outer = np.linalg.qr(factors.up)
-    right, inner = np.linalg.qr(factors.down.T)
-    u, values, v = np.linalg.svd(outer @ inner.T, full_matrices=False)
-    keep = max(1, min(rank, int(np.count_nonzero(values > 1e-12 * values[:1]))))
-    roots = np.sqrt(values[:keep])
-    return Factors((left @ u[:, :keep]) * roots, roots[:, None] * (v[:keep] @ right.T))
+    method: Method
+    options: Mapping[str, Any]
+    adapters: Sequence[Adapter]
+    weights: Sequence[float]
+    coefficients: Sequence[float]
+    dtype: str | None
 
 
 def merge_adapters(
@@ -101,40 +48,61 @@ def merge_adapters(
 ) -> Path:
     """Merge peft LoRA adapters of one base into a new one, the folder `out`, without the base.
 
-    `method` is `linear` (exact, its rank the sum of ranks), `svd` (that, truncated to `rank`) or `knots`; `weights` is one
-    number an adapter (1 each), `dtype` the stored type (each module's in the first adapter that has it), `options` the
-    method's. A module that an adapter doesn't change counts as a change of zero; tensors saved whole are averaged, and
-    must be in all. DoRA, or anything that doesn't fit, is a `CheckpointError` with all of it; nothing is written then.
+    `method` is `linear` (exact, its rank the sum of ranks), `svd` (that, truncated to `rank`), `knots`, `ties`,
+    `dare_linear` or `dare_ties`; `weights` is one number an adapter (1 each), `dtype` the stored type (each module's in the
+    first adapter that has it), `options` the method's. A module that an adapter doesn't change counts as a change of zero;
+    tensors saved whole are averaged, and must be in all. DoRA, or anything that doesn't fit, is a `CheckpointError` with all
+    of it; nothing is written then.
     """
-    if method not in _METHODS:
-        raise OptionError(Problem("method", f"adapters aren't merged by {method!r}", nearest(method, _METHODS)))
+    prepared = prepare(method, adapters, weights=weights, dtype=dtype, **options)
+    with whole_folder(out, overwrite=overwrite, inputs=list(adapters)) as folder:
+        write(prepared, folder)
+    return Path(out)
+
+
+def prepare(
+    method: str,
+    adapters: Sequence[str | Path],
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    **options: Any,
+) -> Prepared:
+    """What `merge_adapters` does before it writes: every error is raised here."""
+    found = find(method, "adapters")
     chosen = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
-    checked = _options(_METHODS[method], options, len(adapters))
-    stored = _dtype(dtype)
+    checked = _options(found, options, len(adapters))
+    _dtype(dtype)
     if len(chosen) != len(adapters) or not adapters:
         raise OptionError(Problem("weights", f"got {len(chosen)} for {len(adapters)} adapters", "give one an adapter"))
     opened = _open(adapters)
-    normalize = bool(checked["normalize"])
-    if normalize:
-        normalized(chosen)  # raises where their sum is zero
-    coefficients = normalized(chosen) if normalize else tuple(chosen)
+    coefficients = normalized(chosen) if checked["normalize"] else tuple(chosen)  # raises where they sum to zero
     _check(opened, coefficients)
+    return Prepared(found, checked, opened, chosen, coefficients, dtype)
+
+
+def write(prepared: Prepared, folder: Path, *, progress: bool = False) -> dict[str, Any]:
+    """Write the merged adapter into `folder`, which is there; what its `interfuse.json` is about."""
+    method, opened, coefficients = prepared.method, prepared.adapters, prepared.coefficients
+    stored = _dtype(prepared.dtype)
     record = {
         "kind": "adapter merge",
-        "method": method,
-        "options": {name.rstrip("_"): value for name, value in checked.items()},
-        "dtype": dtype,
-        "weights": chosen,
+        "method": method.name,
+        "options": {name.rstrip("_"): value for name, value in prepared.options.items()},
+        "dtype": prepared.dtype,
+        "weights": list(prepared.weights),
         "sources": [{"model": str(one.folder.resolve()), "xxh3": one.weights.hash()} for one in opened],
-        "papers": [_METHODS[method].paper],
+        "papers": [method.paper],
     }
-    with whole_folder(out, overwrite=overwrite, inputs=list(adapters)) as folder, AdapterWriter(folder) as writer:
-        for module in _modules(opened):
-            _merge_module(writer, opened, module, _METHODS[method].make, chosen, checked, stored)
-        lora_bias = _merge_biases(writer, opened, coefficients, stored)
+    with AdapterWriter(folder) as writer:
+        modules = _modules(opened)
+        for module in track(modules, "merging", len(modules), shown=progress):
+            _merge_module(writer, opened, module, method.make, prepared.weights, prepared.options, stored)
+        scale = float(prepared.options.get("lambda_", 1.0))
+        lora_bias = _merge_biases(writer, opened, [scale * share for share in coefficients], stored)
         _merge_whole(writer, opened, coefficients, stored)
         writer.finish(_config(opened, writer.ranks, lora_bias), record)
-    return Path(out)
+    return record
 
 
 def _options(method: Method, options: Mapping[str, Any], count: int) -> dict[str, Any]:

@@ -265,14 +265,14 @@ def _write(
     module = name.removesuffix(".weight")
     embedding = name in parts.embeddings
     change = delta.T if embedding or name in parts.transposed else delta
-    up, down = _leading(change, norm, rank, energy)
+    up, down = leading(change, norm, rank, energy)
     scale = 1.0 if alpha is None else alpha / len(down)
     up, down = _rounded((up / math.sqrt(scale), down / math.sqrt(scale)), dtype)
     writer.pair(module, up, down, dtype, embedding=embedding)
     return _lost(change, scale * up, down), norm, len(down)
 
 
-def _leading(change: np.ndarray, norm: float, rank: int | None, energy: float | None) -> tuple[np.ndarray, np.ndarray]:
+def leading(change: np.ndarray, norm: float, rank: int | None, energy: float | None) -> tuple[np.ndarray, np.ndarray]:
     """B and A of the change's leading singular vectors, each with the roots of the values, in float64."""
     side = min(change.shape)
     if rank is not None and rank + _MORE < _FEW * side:

@@ -16,7 +16,7 @@ from interfuse.checkpoints.hashes import hash_file
 from interfuse.checkpoints.numbers import widen
 from interfuse.checkpoints.places import Resident
 from interfuse.checkpoints.source import Checkpoint
-from interfuse.checkpoints.writer import whole_folder
+from interfuse.checkpoints.writer import check_output, whole_folder
 from interfuse.engine.folder import merge_into
 from interfuse.engine.opening import fetch, open_references
 from interfuse.errors import OptionError, Problem
@@ -90,10 +90,12 @@ def moe(
         mixture.plan.notes,
         time.monotonic() - started,
     )
-    if dry_run:
-        return record
     inputs = [path for ref in references_of(read) for path in (ref.path, ref.lora) if path is not None and Path(path).exists()]
-    with whole_folder(out, overwrite=overwrite, inputs=inputs) as folder:
+    nbytes = sum(spec.nbytes for spec in mixture.plan.specs.values())
+    if dry_run:
+        check_output(out, overwrite=overwrite, inputs=inputs, nbytes=nbytes)
+        return record
+    with whole_folder(out, overwrite=overwrite, inputs=inputs, nbytes=nbytes) as folder:
         make_into(read, mixture, sources, folder, threads=threads, device=device, progress=progress)
     return replace(record, seconds=time.monotonic() - started)
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interfuse.checkpoints.adapters import is_adapter
 from interfuse.errors import CheckpointError, ModelError, Problem
 from interfuse.pipeline.record import DESCRIPTION, RECIPE
 from interfuse.recipe import load_recipe
@@ -57,6 +58,9 @@ def load_run(folder: str | Path, *, trust_code: bool = False) -> nn.Module:
     about = description(folder)
     if about.get("kind") == "mixture":
         return load_model(str(folder), trust_code=trust_code)
+    if is_adapter(folder):
+        wrong = "holds a LoRA adapter, not a network"
+        raise ModelError(Problem(str(folder), wrong, "load it with peft, or merge MODEL+ADAPTER"))
     if not (Path(folder) / RECIPE).is_file():
         return load(folder, trust_code=trust_code)
     recipe = load_recipe(Path(folder) / RECIPE)

@@ -81,9 +81,8 @@ class RunRecord:
         if self.soup is not None:
             for i, step in enumerate(self.soup["steps"]):
                 what = "kept" if step["kept"] else "left out"
-                lines.append(
-                    f"{'+ ' if i else ''}{step['model']}: {self.soup['metric']} {step['value']:.4g} on validation, {what}"
-                )
+                value = f"{self.soup['metric']} {step['value']:.4g} on validation"
+                lines.append(f"{'+ ' if i else ''}{step['model']}: {value}, {what}")
         if self.training is not None and self.training["best"]:
             values = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in self.training["best"].items())
             lines.append(f"best epoch {self.training['best_epoch']}: {values}")
@@ -114,7 +113,7 @@ def write(folder: Path, chain: Sequence[Recipe], record: RunRecord, kind: str) -
     about["run"] = {key: value for key, value in record.to_dict().items() if key not in ("out", "plan", "here")}
     path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / RECIPE).write_text(as_yaml(chain), encoding="utf-8")
-    (folder / "README.md").write_text(_card(chain, record), encoding="utf-8")
+    (folder / "README.md").write_text(_card(chain, record, about["kind"]), encoding="utf-8")
 
 
 def as_yaml(chain: Sequence[Recipe]) -> str:
@@ -123,7 +122,13 @@ def as_yaml(chain: Sequence[Recipe]) -> str:
     return yaml.safe_dump_all(values, sort_keys=False, allow_unicode=True)
 
 
-def _card(chain: Sequence[Recipe], record: RunRecord) -> str:
+_USE = """import interfuse as itf
+
+model = itf.load_run("this-folder")  # trust_code=True where the recipe names code that you trust"""
+_USE_ADAPTER = 'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "this-folder")'
+
+
+def _card(chain: Sequence[Recipe], record: RunRecord, kind: str) -> str:
     recipe = chain[-1]
     entries = zip(names_of(recipe), recipe.models, strict=False)
     models = [f"- {name}: `{e.model}`" + (f" with `{e.weights}`" if e.weights else "") for name, e in entries]
@@ -136,10 +141,8 @@ def _card(chain: Sequence[Recipe], record: RunRecord) -> str:
     if record.scores():
         parts.append("\n".join(["## Quality", "", *(f"- {line}" for line in record.scores())]))
     parts.append(f"## Recipe\n\n```yaml\n{as_yaml(chain)}```")
-    parts.append(
-        "## Use\n\n```python\nimport interfuse as itf\n\n"
-        'model = itf.load_run("this-folder")  # trust_code=True where the recipe names code that you trust\n```'
-    )
+    use = _USE_ADAPTER if kind == "adapter merge" else _USE
+    parts.append(f"## Use\n\n```python\n{use}\n```")
     if record.papers:
         parts.append("\n".join(["## Sources", "", *(f"- {paper}" for paper in record.papers)]))
     return "\n\n".join(parts) + "\n"

@@ -12,18 +12,18 @@ from typing import Any
 
 from interfuse.checkpoints.numbers import FLOATS, float_named
 from interfuse.checkpoints.tasks import on_disk
-from interfuse.checkpoints.writer import check_output, room, whole_folder
-from interfuse.engine.chain import Planned, plan_recipes
-from interfuse.engine.estimate import estimate, room_for
+from interfuse.checkpoints.writer import check_output, whole_folder
+from interfuse.engine.chain import plan_recipes
+from interfuse.engine.estimate import room_for
 from interfuse.engine.folder import merge_into
 from interfuse.errors import OptionError, Problem, nearest
+from interfuse.pipeline.adapting import merges_adapters, run_adapters
 from interfuse.pipeline.finished import code_of, description, is_saved
+from interfuse.pipeline.intended import intended, machine
 from interfuse.pipeline.record import RunRecord, hash_source, versions, write
-from interfuse.plan import uncollected
 from interfuse.recipe import Recipe, check_recipes
-from interfuse.recipe.check import TRUST, chooses, method_of, names_of, options_of
+from interfuse.recipe.check import TRUST, chooses, names_of
 from interfuse.recipe.pieces import references
-from interfuse.report.outline import outline
 
 
 def check(
@@ -61,23 +61,22 @@ def run(
     started = time.monotonic()
     chain = check(recipe, trust_code=trust_code)
     beside = Path(recipe).resolve().parent if isinstance(recipe, str | Path) else None
-    if seed is not None:
-        chain = tuple(read.model_copy(update={"seed": seed}) for read in chain)
+    chain = tuple(read.model_copy(update={} if seed is None else {"seed": seed}) for read in chain)
     _check_options(seed, threads, device)
     how: dict[str, Any] = {"trust_code": trust_code, "threads": threads, "device": device, "progress": progress}
-    chain, soup = _with_chosen(chain, Path(out), beside, dry_run=dry_run, overwrite=overwrite, **how)
+    chain, soup = _with_chosen(chain, Path(out), beside, overwrite=overwrite, dry_run=dry_run, **how)
     checked, of_files = chain[-1], merges_files(chain)
-    scratch = Path(out).resolve().parent
-    with uncollected():
-        stages = plan_recipes(chain, compat=mergekit_compat, scratch=scratch) if of_files else []
-        _, plan, sources = stages[-1] if stages else (None, None, [])
-        record = dataclasses.replace(_intended(checked, stages), soup=soup)
-        nbytes = room_for(stages) if stages else 0
-        if dry_run:
-            check_output(out, overwrite=overwrite, inputs=_inputs(chain), nbytes=nbytes)
-            here = machine(stages, out, threads) if stages else None
-            return dataclasses.replace(record, here=here, versions=versions(), seconds=time.monotonic() - started)
-    with whole_folder(out, overwrite=overwrite, inputs=_inputs(chain), resume=resume, nbytes=nbytes) as folder:
+    if merges_adapters(chain):
+        return run_adapters(checked, out, overwrite=overwrite, dry_run=dry_run, progress=progress)
+    stages = plan_recipes(chain, compat=mergekit_compat, scratch=Path(out).resolve().parent) if of_files else []
+    _, plan, sources = stages[-1] if stages else (None, None, [])
+    record = dataclasses.replace(intended(checked, stages), soup=soup)
+    output: dict[str, Any] = {"overwrite": overwrite, "inputs": _inputs(chain), "nbytes": room_for(stages)}
+    if dry_run:
+        check_output(out, **output)
+        here = machine(stages, out, threads)
+        return dataclasses.replace(record, here=here, versions=versions(), seconds=time.monotonic() - started)
+    with whole_folder(out, resume=resume, **output) as folder:
         if plan is not None:
             written = [read.model_dump(mode="json", exclude_defaults=True) for read in chain]
             merge_into(
@@ -95,9 +94,7 @@ def run(
             record,
             out=Path(out),
             inputs=_hashed(checked, found.hashes if found else {}, description(folder)),
-            training=found.training if found else None,
-            test=found.test if found else None,
-            classes=found.classes if found else None,
+            **_learned(found),
             notes=tuple(description(folder).get("notes", ())),
             versions=versions(),
             seconds=time.monotonic() - started,
@@ -106,29 +103,9 @@ def run(
     return record
 
 
-def machine(stages: Sequence[Planned], out: str | Path, threads: int | None = None) -> dict[str, Any]:
-    """What the plan of a merge leaves out, for it differs from machine to machine: work, memory, room on the disk."""
-    found = estimate(stages, threads)
-    free, place = room(out)
-    return {
-        "work": {"threads": found.threads, "seconds": round(found.seconds, 1), "memory": found.memory},
-        "disk": {"out": str(out), "needs": found.nbytes, "free": free, "place": str(place)},
-    }
-
-
-def _intended(recipe: Recipe, stages: Sequence[Planned]) -> RunRecord:
-    """The record of a run that has yet to be made."""
-    method = method_of(recipe)
-    return RunRecord(
-        out=None,
-        form=recipe.form,
-        method=method.name if method else "",
-        models=tuple(names_of(recipe) or (Path(ref.path).name for ref in references(recipe))),
-        seed=recipe.seed,
-        plan=outline(stages) if stages else _described(recipe),
-        papers=(method.paper,) if method and method.paper else (),
-        notes=stages[-1].plan.notes if stages else (),
-    )
+def _learned(found: Any) -> dict[str, Any]:
+    """What training and evaluation gave, nothing where there was neither."""
+    return {key: getattr(found, key, None) for key in ("training", "test", "classes")}
 
 
 def _with_chosen(
@@ -216,21 +193,6 @@ def _check_options(seed: int | None, threads: int | None, device: str | None) ->
         problems += check_device(device)
     if problems:
         raise OptionError(*problems)
-
-
-def _described(recipe: Recipe) -> str:
-    """What a run does, as text."""
-    lines = [f"{recipe.form}{f': {method.name}' if (method := method_of(recipe)) else ''}"]
-    lines += [f"  {key}: {value}" for key, value in options_of(recipe).items()]
-    for name, entry in zip(names_of(recipe), recipe.models, strict=True):
-        more = entry.model_dump(exclude_defaults=True, exclude={"model", "name"})
-        lines.append(f"model {name}: {entry.model}" + "".join(f", {key} {value}" for key, value in more.items()))
-    for key in ("base_model", "head", "data", "training", "evaluate"):
-        value = getattr(recipe, key)
-        if value is not None:
-            shown = value if isinstance(value, str) else value.model_dump(exclude_none=True)
-            lines.append(f"{key}: {shown}")
-    return "\n".join([*lines, f"seed: {recipe.seed}"])
 
 
 def _inputs(chain: Sequence[Recipe]) -> list[str]:

@@ -6,6 +6,7 @@ who forges the record too. A second run of the recipe, `again`, does.
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,11 +24,12 @@ from interfuse.engine.extract import extract_lora
 from interfuse.engine.folder import merge_into
 from interfuse.engine.opening import open_references
 from interfuse.errors import CheckpointError, Problem, UserError
+from interfuse.pipeline.adapting import prepared_by
 from interfuse.pipeline.finished import description
 from interfuse.pipeline.record import DESCRIPTION, RECIPE
 from interfuse.plan import Plan
 from interfuse.progress import track
-from interfuse.recipe import load_recipes
+from interfuse.recipe import load_recipe, load_recipes
 from interfuse.recipe.pieces import references
 from interfuse.recipe.references import Reference
 
@@ -214,6 +216,9 @@ def _mixture(folder: Path, record: Mapping[str, Any], threads: int | None, devic
 
 def _adapters(folder: Path, record: Mapping[str, Any], threads: int | None, device: str | None, progress: bool) -> _Made:
     checks, there = _whole(record, lambda path: open_checkpoint(_adapter_file(path)))
+    wanted = (record["method"], record["options"], record["weights"])
+    if there:
+        checks = [*_recipe_file(folder, _asked, wanted), *checks]
 
     def again(target: Path) -> None:
         paths = [source["model"] for source in record["sources"]]
@@ -223,6 +228,13 @@ def _adapters(folder: Path, record: Mapping[str, Any], threads: int | None, devi
         )  # fmt: skip
 
     return _Made(checks, again if there else None)
+
+
+def _asked(path: Path) -> tuple[str, dict[str, Any], list[float]]:
+    """What a recipe of adapters asks for, as the record has it."""
+    prepared = prepared_by(load_recipe(path))
+    options = json.loads(json.dumps({name.rstrip("_"): value for name, value in prepared.options.items()}))
+    return prepared.method.name, options, list(prepared.weights)
 
 
 def _adapter_file(path: str) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from interfuse.checkpoints.adapters import is_adapter
 from interfuse.checkpoints.tasks import on_disk
 from interfuse.errors import OptionError, Problem
 from interfuse.recipe.merges import BESIDE, entries_in, is_plain, merge_problems, tokenizer_models
@@ -89,6 +90,12 @@ def options_of(recipe: Recipe) -> dict[str, Any]:
     return options | wide
 
 
+def adapters_alone(recipe: Recipe) -> bool:
+    """Whether a merge is one of LoRA adapters with each other, without their base."""
+    models = recipe.models if recipe.form == "merge" and recipe.base_model is None else []
+    return bool(models) and all(is_adapter(entry.model) for entry in models)
+
+
 def weights_of(recipe: Recipe) -> list[float] | None:
     """The models' weights in a merge, a model's own before the recipe's; None where none is written."""
     common = recipe.parameters.get("weight")
@@ -113,7 +120,7 @@ _SOURCES = ("models", "slices", "modules")
 
 def _where(recipe: Recipe) -> tuple[str, Level]:
     if recipe.form == "merge":
-        return "merge_method", "weights"
+        return "merge_method", "adapters" if adapters_alone(recipe) else "weights"
     return "fusion", "outputs" if recipe.form == "ensemble" else "features"
 
 

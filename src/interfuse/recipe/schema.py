@@ -376,24 +376,17 @@ def recipe_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     rules = []
     shared = {"weight": {"type": "number"}, "int8_mask": {}}  # what mergekit's recipes may hold beside a method's options
-    for key, levels in (("fusion", ("features", "outputs")), ("merge_method", ("weights",))):
-        known = [m for m in methods() if m.level in levels]
+    for key, levels in (("fusion", ("features", "outputs")), ("merge_method", ("weights", "adapters"))):
+        known: dict[str, dict[str, Any]] = {}
+        for method in [m for m in methods() if m.level in levels]:
+            more = options_schema(method) | (shared if key == "merge_method" else {})
+            known[method.name] = more | known.get(method.name, {})
         field = schema["properties"][key]
         field.pop("anyOf", None)
-        field.update({"type": "string", "examples": [m.name for m in known]})
-        for method in known:
-            rules.append(
-                {
-                    "if": {"properties": {key: {"const": method.name}}, "required": [key]},
-                    "then": {
-                        "properties": {
-                            "parameters": {
-                                "properties": options_schema(method) | (shared if method.level == "weights" else {}),
-                                "additionalProperties": False,
-                            }
-                        }
-                    },
-                }
-            )
+        field.update({"type": "string", "examples": list(known)})
+        for name, properties in known.items():
+            parameters = {"properties": properties, "additionalProperties": False}
+            rule = {"properties": {key: {"const": name}}, "required": [key]}
+            rules.append({"if": rule, "then": {"properties": {"parameters": parameters}}})
     schema["allOf"] = rules
     return schema

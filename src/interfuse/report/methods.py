@@ -16,6 +16,7 @@ from interfuse.registry import Level, Method
 #: The key of a recipe that names a method of each level, and what the level fuses.
 LEVELS: dict[Level, tuple[str, str]] = {
     "weights": ("merge_method", "weights of networks of one architecture, merged into one checkpoint"),
+    "adapters": ("merge_method", "LoRA adapters of one base, merged into one adapter without it"),
     "features": ("fusion", "features of any networks, fused by a small trained module"),
     "outputs": ("fusion", "predictions of any networks for the same classes, averaged"),
 }
