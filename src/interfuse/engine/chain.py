@@ -26,7 +26,7 @@ from interfuse.engine.outputs import job
 from interfuse.engine.scheduler import run_jobs
 from interfuse.engine.selection import Cut
 from interfuse.errors import CheckpointError, UserError
-from interfuse.plan import Output, Plan, plan_merge
+from interfuse.plan import Output, Plan, plan_merge, uncollected
 from interfuse.recipe import Recipe
 from interfuse.recipe.pieces import references
 
@@ -42,6 +42,7 @@ class Planned(NamedTuple):
     sources: list[Checkpoint]
 
 
+@uncollected()
 def plan_recipes(recipes: Sequence[Recipe], *, compat: bool = False, scratch: Path | None = None) -> list[Planned]:
     """Every recipe's plan, the output's last; what earlier recipes give is merged when it's read.
 

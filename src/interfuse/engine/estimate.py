@@ -51,9 +51,11 @@ def estimate(stages: Sequence[Planned], threads: int | None = None) -> Estimate:
 
 
 def room_for(stages: Sequence[Planned]) -> int:
-    """The bytes that the output of a run takes on its disk, large tensors of earlier recipes among them while it runs."""
-    last = stages[-1].plan
-    written = sum(output.spec.nbytes + _BESIDE for output in last.outputs)
+    """The bytes that the output of a run takes on its disk, large tensors of earlier recipes among them while it runs.
+
+    0 where there are no plans: what a run of networks writes isn't known before it.
+    """
+    written = sum(output.spec.nbytes + _BESIDE for output in stages[-1].plan.outputs) if stages else 0
     scratch = 0
     for _, plan, _ in stages[:-1]:
         scratch += sum(sorted(output.spec.nbytes for output in plan.outputs if output.spec.nbytes >= LARGE)[-HELD:])
