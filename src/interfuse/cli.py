@@ -34,7 +34,9 @@ INTERRUPTED = 130
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, on standard output.")]
 TrustCode = Annotated[bool, typer.Option("--trust-code", help="Allow python: references, which run code.")]
-Device = Annotated[str | None, typer.Option(help="Where to compute: cpu or cuda. Left out: cuda if there is one.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu or cuda. Left out: cuda for networks, if there is one; the CPU for merges.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")]
 
 

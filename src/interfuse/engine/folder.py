@@ -52,12 +52,13 @@ def merge_into(
     allow_nonfinite: bool = False,
     resume: bool = False,
     progress: bool = True,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Run the plan into `folder`, which is there; what `interfuse.json` then says.
 
     Weights are `model.safetensors`, or shards with an index, in each sub-folder that the plan's lead has weights in; config,
     tokenizer and other small files come from that. What isn't on this machine is fetched first. `compat` says that the plan
-    was made so. Whatever is wrong with the data is a `CheckpointError`.
+    was made so; `device` as in `execute`. Whatever is wrong with the data is a `CheckpointError`.
     """
     fetch(plan, sources, shown=progress)
     lead = sources[plan.lead]
@@ -66,7 +67,7 @@ def merge_into(
     with ShardWriter(folder, plan.specs, stems=stems) as writer:
         merging = execute(
             plan, sources, writer,
-            threads=threads, allow_nonfinite=allow_nonfinite, progress=progress,
+            threads=threads, allow_nonfinite=allow_nonfinite, progress=progress, device=device,
             done=journal.note, skip=lambda output: output.name in journal.done,
         )  # fmt: skip
     journal.restore(merging)

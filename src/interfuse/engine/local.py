@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from interfuse.checkpoints.source import Checkpoint
 from interfuse.engine.global_trim import global_cuts
 from interfuse.engine.merging import Merging, Sink
+from interfuse.engine.on_device import on_device, run_on
 from interfuse.engine.outputs import job
 from interfuse.engine.scheduler import Job, run_jobs
 from interfuse.errors import CheckpointError, Problem
@@ -32,19 +33,25 @@ def execute(
     done: Callable[[Output, Merging], None] | None = None,
     skip: Callable[[Output], bool] = lambda output: False,
     progress: bool = True,
+    device: str | None = None,
 ) -> Merging:
     """Give every output tensor to `sink`; what was read and written, with its hashes.
 
     `sources` are those the plan was made for. `threads` defaults to the processors that this process may use; the bytes
     don't depend on it. `done` is told of each tensor when its last block is written, `skip` says which needn't be made.
     NaN or infinity in inputs or results is a `CheckpointError` that names all such tensors, unless `allow_nonfinite`;
-    integers that differ, and a file that has changed, are too.
+    integers that differ, and a file that has changed, are too. With a `device` of torch's, what has a torch form is merged
+    there (`on_device`).
     """
     merging = Merging(sources, sink, plan.seed)
     waiting = [output for output in _in_stored_order(plan, sources) if not skip(output)]
 
+    there = [output for output in waiting if on_device(output)] if device is not None else []
+    elsewhere = {output.name for output in there}
+    here = [output for output in waiting if output.name not in elsewhere]
+
     def jobs() -> Iterator[Job]:
-        for output in track(waiting, "merging", len(waiting), shown=progress):
+        for output in track(here, "merging", len(here), shown=progress):
             yield _whole(output, merging, done)
 
     count = threads or len(os.sched_getaffinity(0))
@@ -52,6 +59,8 @@ def execute(
         if waiting:
             merging.cuts = global_cuts(plan.outputs, sources, count)
         run_jobs(jobs(), count)
+        if device is not None:
+            run_on(device, there, merging, done, count)
     for source in sources:
         for file in source.files():
             file.check()

@@ -22,6 +22,7 @@ from interfuse.checkpoints.writer import MemoryWriter, whole_folder
 from interfuse.engine.chain import plan_recipe
 from interfuse.engine.folder import merge_into
 from interfuse.engine.local import execute
+from interfuse.engine.on_device import device_for
 from interfuse.errors import CheckpointError, ModelError, OptionError, Problem, UserError, nearest
 from interfuse.plan import Plan
 from interfuse.recipe import Recipe
@@ -50,6 +51,7 @@ def merge(
     seed: int = 0,
     threads: int | None = None,
     allow_nonfinite: bool = False,
+    device: str | None = None,
     **options: Any,
 ) -> Any:
     """Merge models of one architecture by a weight method (`interfuse methods` lists them).
@@ -66,7 +68,8 @@ def merge(
     that of all chance, `threads` how many (as many as there are processors; the bytes are the same). `options` are the
     method's own, in any form that a recipe may have them: a number, a list over depth, filters; one with a value a model
     may also be a mapping by the models' names. An option named `lambda` is also taken as `lambda_`. NaN or infinity is an
-    error unless `allow_nonfinite`. Raises `OptionError`, `CheckpointError`, `RecipeError` for the tokenizer or, for modules,
+    error unless `allow_nonfinite`. `device` "cuda" merges there what can be, as it does where modules or tensors are on a GPU
+    (docs/devices.md). Raises `OptionError`, `CheckpointError`, `RecipeError` for the tokenizer or, for modules,
     `ModelError`, with every mismatch, and then nothing is written.
     """
     if isinstance(models, (str, Path)):
@@ -83,6 +86,7 @@ def merge(
     recipe = _recipe(method, called, ancestor, names, weights, None if dtype is None else str(dtype), seed, options, words)
     if kind != "path" and gives_tasks(recipe):
         raise OptionError(Problem("output", f"got 'per_task' for {kind}s", "give paths, and out=FOLDER: it's a folder's form"))
+    place = device_for(device, [refs[0] if base is None else base])
     try:
         plan, sources = plan_recipe(recipe, given)
         if kind == "path":
@@ -91,11 +95,11 @@ def merge(
             with whole_folder(Path(out or ""), overwrite=overwrite, inputs=inputs, resume=resume) as folder:
                 merge_into(
                     plan, sources, folder, recipes=[absolute(recipe, Path.cwd())[0].model_dump(exclude_defaults=True)],
-                    threads=threads, allow_nonfinite=allow_nonfinite, resume=resume,
+                    threads=threads, allow_nonfinite=allow_nonfinite, resume=resume, device=place,
                 )  # fmt: skip
             return Path(out or "")
         writer = MemoryWriter(plan.specs)
-        execute(plan, sources, writer, threads=threads, allow_nonfinite=allow_nonfinite)
+        execute(plan, sources, writer, threads=threads, allow_nonfinite=allow_nonfinite, device=place)
     except CheckpointError as error:
         if kind == "module":
             raise ModelError(*error.problems) from None

@@ -16,6 +16,7 @@ from interfuse.checkpoints.writer import check_output, whole_folder
 from interfuse.engine.chain import plan_recipes
 from interfuse.engine.estimate import room_for
 from interfuse.engine.folder import merge_into
+from interfuse.engine.on_device import device_for
 from interfuse.errors import OptionError, Problem, nearest
 from interfuse.pipeline.adapting import merges_adapters, run_adapters
 from interfuse.pipeline.finished import code_of, description, is_saved
@@ -53,8 +54,8 @@ def run(
     recipe: a YAML file, or a mapping; or several, of which later ones merge what earlier ones give. out: appears whole or
     not at all; one that is there needs `overwrite`. resume: a merge of files goes on where a run that was killed was.
     trust_code: allow `python:` references. seed: in place of the recipe's. threads: the merge's, or torch's, for this run.
-    device: "cpu" or "cuda"; left out, cuda if there is one. dry_run: check all, write nothing. allow_nonfinite: NaN and
-    infinity may be merged. mergekit_compat: follow mergekit where it differs (docs/mergekit.md).
+    device: "cpu" or "cuda"; left out, cuda for networks, if there is one, and the CPU for merges. dry_run: check all, write
+    nothing. allow_nonfinite: NaN and infinity may be merged. mergekit_compat: follow mergekit (docs/mergekit.md).
 
     Raises `UserError` with every problem, before anything is written.
     """
@@ -81,7 +82,7 @@ def run(
             written = [read.model_dump(mode="json", exclude_defaults=True) for read in chain]
             merge_into(
                 plan, sources, folder, recipes=written, compat=mergekit_compat,
-                threads=threads, allow_nonfinite=allow_nonfinite, resume=resume, progress=progress,
+                threads=threads, allow_nonfinite=allow_nonfinite, resume=resume, progress=progress, device=device_for(device),
             )  # fmt: skip
         found: Any = None
         if plan is None or checked.data is not None:
