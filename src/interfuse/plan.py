@@ -144,7 +144,7 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[Reference, Checkpoint], *, c
     found = layout(recipe, headers, compat=compat)
     planner = _Planner(method, checkpoints, recipe, compat)
     outputs = [output for slot in found.slots if (output := planner.output(slot))]
-    wrong = list(dict.fromkeys(planner.wrong))
+    wrong = list(dict.fromkeys(planner.refused()))
     if found.problems or planner.mismatches():
         raise CheckpointError(*found.problems, *planner.mismatches(), *wrong)
     if wrong:
@@ -204,9 +204,10 @@ class _Planner:
         fields = method.options.model_fields
         self.fields = [(name, field.alias or name, name in method.each, field.default) for name, field in fields.items()]
         self._meetings: dict[Group, _Meeting] = {}
-        self._settled: dict[Any, Call | None] = {}
-        self._calls: dict[Any, Call | None] = {}
+        self._settled: dict[Any, Call | tuple[Problem, ...]] = {}
+        self._calls: dict[Any, Call | tuple[Problem, ...]] = {}
         self._differ: dict[str, list[Problem]] = {}
+        self._refused: dict[Problem, list[str]] = {}
 
     def _dtype(self, recipe: Recipe) -> str | None:
         chosen = None
@@ -231,7 +232,9 @@ class _Planner:
         if spec.dtype in _INTEGERS:
             return Output(name, spec, "largest" if name.endswith(_COUNTER) else "same", inputs, read)
         call = COPY if group.copied else self._call(slot, meeting, whole=len(spec.shape) > 1)
-        if call is None:
+        if not isinstance(call, Call):
+            for problem in call:
+                self._refused.setdefault(problem, []).append(name)
             return None
         dtype = self.dtype or meeting.lead.declared.get(followed, spec.dtype)
         written = spec if dtype == spec.dtype else TensorSpec(dtype, spec.shape)
@@ -280,6 +283,16 @@ class _Planner:
                 good = False
         return good
 
+    def refused(self) -> list[Problem]:
+        """What the method has against numbers, with the tensors that have them where others have other numbers."""
+        found = []
+        for (path, wrong, allowed), names in self._refused.items():
+            where = f" for {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            found.append(Problem(path, wrong + (where if len(self._calls) > 1 else ""), allowed))
+        if len(found) > _SHOWN:
+            found[_SHOWN:] = [Problem("parameters", f"{len(found) - _SHOWN} more such problems", "put the first right")]
+        return self.wrong + found
+
     def mismatches(self) -> list[Problem]:
         """All tensors that don't fit, of many in one model the first few."""
         problems = []
@@ -296,8 +309,8 @@ class _Planner:
             return ["BatchNorm statistics are merged like weights; re-estimating them on data is usually better"]
         return []
 
-    def _call(self, slot: Slot, meeting: _Meeting, *, whole: bool) -> Call | None:
-        """The method with this tensor's numbers; what the same entries of the recipe give is looked up once."""
+    def _call(self, slot: Slot, meeting: _Meeting, *, whole: bool) -> Call | tuple[Problem, ...]:
+        """The method with this tensor's numbers, or what it has against them; what the same entries give is looked up once."""
         name, group, there, _, t = slot
         names = [there[i] for i in meeting.models]
         alike = names.count(there[0]) == len(names)
@@ -311,7 +324,7 @@ class _Planner:
             self._settled[key] = self._make(name, names, t, meeting, whole)
         return self._settled[key]
 
-    def _make(self, name: str, names: Sequence[str], t: float, meeting: _Meeting, whole: bool) -> Call | None:
+    def _make(self, name: str, names: Sequence[str], t: float, meeting: _Meeting, whole: bool) -> Call | tuple[Problem, ...]:
         """The call of a tensor: those with the same numbers share it, wherever in the recipe the numbers are from."""
         scopes = meeting.scopes
         weights = tuple([scope.resolve("weight", own, t, 1.0) for scope, own in zip(scopes, names, strict=True)])
@@ -330,8 +343,7 @@ class _Planner:
             try:
                 self._calls[key] = make_call(self.method, weights, options, depth=depth, whole=whole)
             except UserError as error:
-                self._calls[key] = None
-                self.wrong += error.problems
+                self._calls[key] = error.problems
         return self._calls[key]
 
 

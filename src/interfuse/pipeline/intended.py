@@ -6,15 +6,68 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from interfuse.checkpoints.writer import room
-from interfuse.engine.chain import Planned
-from interfuse.engine.estimate import estimate
+from interfuse.checkpoints.writer import check_output, room
+from interfuse.engine.chain import Planned, plan_recipes
+from interfuse.engine.estimate import estimate, room_for
+from interfuse.engine.opening import open_references
+from interfuse.errors import Problem, UserError
 from interfuse.pipeline.record import RunRecord
-from interfuse.plan import uncollected
+from interfuse.plan import plan_merge, uncollected
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import method_of, names_of, options_of
 from interfuse.recipe.pieces import references
+from interfuse.recipe.values import pattern_problems
 from interfuse.report.outline import outline
+
+
+def planned(chain: Sequence[Recipe], out: str | Path, *, compat: bool, overwrite: bool, inputs: Sequence[str]) -> list[Planned]:
+    """The plans of a merge of files, none for no recipes; what is wrong with `out` is told beside what is with them."""
+    errors: list[UserError] = []
+    stages: list[Planned] = []
+    try:
+        stages = plan_recipes(chain, compat=compat, scratch=Path(out).resolve().parent)
+    except UserError as error:
+        errors.append(error)
+    try:
+        check_output(out, overwrite=overwrite, inputs=inputs, nbytes=room_for(stages))
+    except UserError as error:
+        errors.append(error)
+    if errors:
+        from interfuse.engine.wording import together
+
+        raise together(errors)
+    return stages
+
+
+def models_problems(recipe: Recipe) -> list[Problem]:
+    """What is wrong with a merge's models that are on this machine, and between them: for a recipe that is faulty itself.
+
+    Its numbers are left out, for they may be what is faulty.
+    """
+    from interfuse.engine.wording import leveled
+
+    plain = Recipe.model_validate(_without_numbers(recipe.model_dump(exclude_defaults=True)))
+    named = references(plain)
+    here = [ref for ref in named if all(Path(path).exists() for path in (ref.path, ref.lora) if path is not None)]
+    try:
+        checkpoints = open_references(here)
+        patterns = [*(recipe.drop or ()), *(recipe.keep or ())]
+        if len(here) == len(named) and not any(pattern_problems(pattern, "") for pattern in patterns):
+            asked = recipe.tokenizer is not None or recipe.tokenizer_source is not None
+            plan_merge(plain, leveled(checkpoints) if asked else checkpoints)
+    except UserError as error:
+        return list(error.problems)
+    return []
+
+
+def _without_numbers(part: Any) -> Any:
+    """A recipe, or a part of it, for a plain average of its models."""
+    if isinstance(part, list):
+        return list(map(_without_numbers, part))
+    if not isinstance(part, dict):
+        return part
+    left = {key: _without_numbers(value) for key, value in part.items() if key not in ("parameters", "dtype", "out_dtype")}
+    return left | ({"merge_method": "linear"} if "merge_method" in left else {})
 
 
 @uncollected()

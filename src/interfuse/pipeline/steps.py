@@ -12,15 +12,14 @@ from typing import Any
 
 from interfuse.checkpoints.numbers import FLOATS, float_named
 from interfuse.checkpoints.tasks import on_disk
-from interfuse.checkpoints.writer import check_output, whole_folder
-from interfuse.engine.chain import plan_recipes
+from interfuse.checkpoints.writer import whole_folder
 from interfuse.engine.estimate import room_for
 from interfuse.engine.folder import merge_into
 from interfuse.engine.on_device import device_for
 from interfuse.errors import OptionError, Problem, nearest
 from interfuse.pipeline.adapting import merges_adapters, run_adapters
 from interfuse.pipeline.finished import code_of, description, is_saved
-from interfuse.pipeline.intended import intended, machine
+from interfuse.pipeline.intended import intended, machine, models_problems, planned
 from interfuse.pipeline.record import RunRecord, hash_source, versions, write
 from interfuse.recipe import Recipe, check_recipes
 from interfuse.recipe.check import TRUST, chooses, names_of
@@ -31,7 +30,8 @@ def check(
     recipe: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe, *, trust_code: bool = False
 ) -> tuple[Recipe, ...]:
     """The recipes, ready to run; `RecipeError` with everything that can be found wrong without loading a model or data."""
-    return check_recipes(recipe, trust_code=trust_code, also=lambda read: _further(read, trust_code))
+    beside = lambda read: models_problems(read) if merges_files([read]) else []
+    return check_recipes(recipe, trust_code=trust_code, also=lambda read: _further(read, trust_code), beside=beside)
 
 
 def run(
@@ -69,15 +69,14 @@ def run(
     checked, of_files = chain[-1], merges_files(chain)
     if merges_adapters(chain):
         return run_adapters(checked, out, overwrite=overwrite, dry_run=dry_run, progress=progress)
-    stages = plan_recipes(chain, compat=mergekit_compat, scratch=Path(out).resolve().parent) if of_files else []
+    output: dict[str, Any] = {"overwrite": overwrite, "inputs": _inputs(chain)}
+    stages = planned(chain if of_files else (), out, compat=mergekit_compat, **output)
     _, plan, sources = stages[-1] if stages else (None, None, [])
     record = dataclasses.replace(intended(checked, stages), soup=soup)
-    output: dict[str, Any] = {"overwrite": overwrite, "inputs": _inputs(chain), "nbytes": room_for(stages)}
     if dry_run:
-        check_output(out, **output)
         here = machine(stages, out, threads)
         return dataclasses.replace(record, here=here, versions=versions(), seconds=time.monotonic() - started)
-    with whole_folder(out, resume=resume, **output) as folder:
+    with whole_folder(out, resume=resume, nbytes=room_for(stages), **output) as folder:
         if plan is not None:
             written = [read.model_dump(mode="json", exclude_defaults=True) for read in chain]
             merge_into(

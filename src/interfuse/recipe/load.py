@@ -36,7 +36,7 @@ def load_recipes(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, 
 
     The last one's result is the output. Those before it have a `name`, by which later ones refer to their results.
     """
-    return _checked(source, lambda recipe: [])
+    return _checked(source)
 
 
 def check_recipe(
@@ -57,13 +57,17 @@ def check_recipes(
     *,
     trust_code: bool = False,
     also: Callable[[Recipe], list[Problem]] = lambda recipe: [],
+    beside: Callable[[Recipe], list[Problem]] = lambda recipe: [],
 ) -> tuple[Recipe, ...]:
-    """`load_recipes`, and the files that a run reads, as in `check_recipe`."""
+    """`load_recipes`, and the files that a run reads, as in `check_recipe`.
+
+    `beside` finds what would be found later, were there no problem: it's asked only where there is one.
+    """
 
     def further(recipe: Recipe) -> list[Problem]:
         return _joined(run_problems(recipe, trust_code=trust_code), also(recipe))
 
-    return _checked(source, further)
+    return _checked(source, further, beside)
 
 
 def _only(source: Any, recipes: tuple[Recipe, ...]) -> Recipe:
@@ -73,7 +77,11 @@ def _only(source: Any, recipes: tuple[Recipe, ...]) -> Recipe:
     return recipes[0]
 
 
-def _checked(source: Any, further: Callable[[Recipe], list[Problem]]) -> tuple[Recipe, ...]:
+def _checked(
+    source: Any,
+    further: Callable[[Recipe], list[Problem]] = lambda recipe: [],
+    beside: Callable[[Recipe], list[Problem]] = lambda recipe: [],
+) -> tuple[Recipe, ...]:
     """The recipes, or a `RecipeError` with the problems of all."""
     if isinstance(source, Recipe):
         raw: list[Any] = [source]
@@ -89,6 +97,7 @@ def _checked(source: Any, further: Callable[[Recipe], list[Problem]]) -> tuple[R
         recipe, found = (document, []) if isinstance(document, Recipe) else _read(dict(document), folder, known)
         found = _joined(found, form_problems(recipe))
         found = _joined(found, further(recipe))
+        found = _joined(found, beside(recipe)) if found else []
         inside = f"documents[{i}]." if len(raw) > 1 else ""
         problems += [Problem(f"{inside}{p.path}".rstrip("."), p.wrong, p.allowed) for p in found]
         recipes.append(recipe)
@@ -120,9 +129,20 @@ def _read(raw: dict[Any, Any], folder: Path, known: Sequence[str]) -> tuple[Reci
         except ValidationError as error:
             problems = _problems(error) if problems is None else problems
             for item in error.errors():
-                _drop(raw, item["loc"], missing=item["type"] == "missing")
+                if item["type"] != "extra_forbidden" or not _dropped(raw, item["loc"]):
+                    _drop(raw, item["loc"], missing=item["type"] == "missing")
         else:
             return recipe, [*(problems or []), *wrong]
+
+
+def _dropped(raw: Any, loc: tuple[int | str, ...]) -> bool:
+    """Take a key away that isn't known, and nothing with it; whether it was found."""
+    for part in loc[:-1]:
+        known = part in raw if isinstance(raw, dict) else isinstance(raw, list) and type(part) is int and part < len(raw)
+        if not known:
+            return False
+        raw = raw[part]
+    return isinstance(raw, dict) and raw.pop(loc[-1], None) is not None
 
 
 def _drop(raw: dict[Any, Any], loc: tuple[int | str, ...], missing: bool) -> None:
