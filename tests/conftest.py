@@ -1,4 +1,4 @@
-"""What every test has: a cache folder of its own, and no hub."""
+"""What every test has: a cache folder of its own, with kernels that are compiled once for all, and no hub."""
 
 from __future__ import annotations
 
@@ -16,5 +16,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _alone(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep tests away from the user's cache and from the network."""
     cache: Path = tmp_path_factory.mktemp("cache")
+    kernels: Path = tmp_path_factory.getbasetemp() / "kernels"
+    kernels.mkdir(exist_ok=True)
+    (cache / "interfuse").mkdir()
+    (cache / "interfuse" / "kernels").symlink_to(kernels)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

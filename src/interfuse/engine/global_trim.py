@@ -17,9 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from interfuse.checkpoints.source import Checkpoint
-from interfuse.engine import trimming
-from interfuse.engine.compiling import compiled
-from interfuse.engine.kernels import CHUNK, bits_of
+from interfuse.engine import kernels
 from interfuse.engine.reading import Reader
 from interfuse.engine.scheduler import Job, Phase, Scratch, run_jobs
 from interfuse.engine.selection import Cut
@@ -28,7 +26,6 @@ from interfuse.plan import Output
 
 _BUCKETS, _MANY, _FEWER = 1 << 18, 8, 1 << 15  # into which a span of bits is parted; with more groups than this, fewer
 _RUN = 16  # neighbours that are sampled together
-_SCAN = 64
 
 
 class _Part(NamedTuple):
@@ -151,7 +148,7 @@ def _sampling(
         scores: np.ndarray = np.empty((reader.models, most * _RUN), reader.wide)
         addresses, _raws = reader.block(start, stop)
         stride = (stop - start) // most
-        trimming.sample(addresses, reader.kinds, False, stride, scores, scratch.work(reader.wide, reader.models))
+        kernels.sample(addresses, reader.kinds, False, stride, scores, scratch.work(reader.wide, reader.models))
         for model, group in enumerate(part.groups):
             drawn[group][number, model, start] = scores[model, : min(runs[model], most) * _RUN].astype(groups.wide)
 
@@ -213,7 +210,7 @@ def _tallied(
                 all_counts.append(mine.counts)
             addresses, _raws = reader.block(start, stop)
             work, wide = scratch.work(reader.wide, reader.models), groups.wide is np.float64
-            _tally(addresses, reader.kinds, stop - start, models, of, low, high, shift, wide, mine.counts, work)
+            kernels.tally(addresses, reader.kinds, stop - start, models, of, low, high, shift, wide, mine.counts, work)
 
         yield Phase(task, reader.ranges if len(models) else [])
 
@@ -251,7 +248,7 @@ def _ends(parts: Sequence[_Part], found: Sequence[_Found], threads: int) -> dict
         def task(start: int, stop: int, scratch: Scratch) -> int:
             addresses, _raws = reader.block(start, stop)
             work = scratch.work(reader.wide, reader.models)
-            return start + trimming.locate(addresses, reader.kinds, stop - start, False, model, value, keep, work)
+            return start + kernels.locate(addresses, reader.kinds, stop - start, False, model, value, keep, work)
 
         [end] = yield Phase(task, [reader.ranges[block]])
         cuts[part.name][model] = Cut(float(value), end)
@@ -279,55 +276,10 @@ def _equal(parts: Sequence[_Part], sought: list[list[tuple[float, bool]]], threa
         def task(start: int, stop: int, scratch: Scratch) -> np.ndarray:
             addresses, _raws = reader.block(start, stop)
             counts: np.ndarray = np.zeros(reader.models, np.int64)
-            _count_at(addresses, reader.kinds, stop - start, values, counts, scratch.work(reader.wide, reader.models))
+            kernels.count_at(addresses, reader.kinds, stop - start, values, counts, scratch.work(reader.wide, reader.models))
             return counts
 
         found[number] = yield Phase(task, reader.ranges)
 
     run_jobs((pass_of(number, part) for number, part in enumerate(parts)), threads)
     return found
-
-
-@compiled
-def _tally(addresses, kinds, n, models, of, low, high, shift, wide, counts, work):  # type: ignore[no-untyped-def]
-    """Add to `counts` `[groups, buckets + 1]` a block's magnitudes: those in a span by their bits, and, last, those above."""
-    for start in range(0, n, CHUNK):
-        m = min(CHUNK, n - start)
-        trimming.deltas_of(addresses, kinds, start, m, work)
-        for c in range(len(models)):
-            _count_bits(work[models[c]], low[c], high[c], shift[c], wide, m, counts[of[c]])
-
-
-@compiled
-def _count_bits(values, low, high, shift, wide, n, counts):  # type: ignore[no-untyped-def]
-    for start in range(0, n, _SCAN):
-        stop = min(start + _SCAN, n)
-        above, some = 0, 0
-        for i in range(start, stop):
-            bits = _bits(values[i], wide)
-            above += bits >= high
-            some += (bits >= low) & (bits < high)
-        counts[len(counts) - 1] += above
-        if some:
-            for i in range(start, stop):
-                bits = _bits(values[i], wide)
-                if low <= bits < high:
-                    counts[(bits - low) >> shift] += 1
-
-
-@compiled
-def _bits(value, wide):  # type: ignore[no-untyped-def]
-    """A magnitude's bits, as a float64's if `wide`; NaN counts as 0."""
-    bits = bits_of(np.float64(abs(value))) if wide else bits_of(abs(value))
-    return bits if value == value else np.uint64(0)
-
-
-@compiled
-def _count_at(addresses, kinds, n, sought, counts, work):  # type: ignore[no-untyped-def]
-    """Add to `counts` `[M]` how many entries of each delta have just that magnitude."""
-    for start in range(0, n, CHUNK):
-        m = min(CHUNK, n - start)
-        trimming.deltas_of(addresses, kinds, start, m, work)
-        for k in range(len(sought)):
-            for i in range(m):
-                counts[k] += abs(work[k, i]) == sought[k]

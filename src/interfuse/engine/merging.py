@@ -15,11 +15,10 @@ import numpy as np
 import xxhash
 
 from interfuse.checkpoints.source import Checkpoint, hash_block, hash_blocks, spans
-from interfuse.engine.kernels import KINDS, Target
+from interfuse.engine.kernels import KINDS, LANES, SHORT, Stream, Target, hash_stream
 from interfuse.engine.reading import RUN, Reader, address_of, bytes_of
 from interfuse.engine.scheduler import Job, Phase, Scratch
 from interfuse.engine.selection import Cut
-from interfuse.engine.streams import LANES, SHORT, Stream, hash_stream
 from interfuse.errors import Problem
 from interfuse.plan import Call, Output
 from interfuse.registry import find

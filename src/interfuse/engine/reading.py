@@ -10,9 +10,8 @@ import numpy as np
 from interfuse.checkpoints.numbers import nonfinite
 from interfuse.checkpoints.places import Stored
 from interfuse.checkpoints.source import BLOCK, Checkpoint, TensorSpec, hash_block, hash_blocks, spans
-from interfuse.engine.kernels import KINDS, ZERO
+from interfuse.engine.kernels import IN_MEMORY, KINDS, LANES, NOTHING, SHORT, ZERO, Stream
 from interfuse.engine.scheduler import Scratch
-from interfuse.engine.streams import IN_MEMORY, LANES, NOTHING, SHORT, Stream
 from interfuse.errors import CheckpointError, Problem
 from interfuse.plan import Input, Output
 

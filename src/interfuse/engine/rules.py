@@ -10,12 +10,11 @@ import numpy as np
 import xxhash
 
 from interfuse.checkpoints.source import BLOCK
-from interfuse.engine import ranking, selection, trimming
+from interfuse.engine import kernels, selection
+from interfuse.engine.kernels import ALL, BAND, BUCKETS, RANDOM, ROW_BUCKETS, SHARED, Ranking, Trimming, Voting
 from interfuse.engine.merging import Merging, noted, reader_of
-from interfuse.engine.ranking import Ranking
 from interfuse.engine.reading import Reader
 from interfuse.engine.scheduler import Job, Phase, Scratch
-from interfuse.engine.trimming import ALL, BAND, RANDOM, SHARED, Trimming, Voting
 from interfuse.methods.forms import Rule, Trim
 from interfuse.plan import Call, Output
 
@@ -37,7 +36,7 @@ def job(output: Output, call: Call, merging: Merging) -> Job:
     voting = _voting(rule, reader, norms)
 
     def task(i: int, j: int, scratch: Scratch) -> None:
-        merging.compute(output, reader, (i, j), scratch, trimming.merge_blocks, trimming_, voting)
+        merging.compute(output, reader, (i, j), scratch, kernels.merge_blocks, trimming_, voting)
 
     yield Phase(task, reader.runs)
     yield from noted(reader, merging)
@@ -90,7 +89,7 @@ def _norms(reader: Reader, trimming_: Trimming) -> Generator[Phase, list[Any], n
     parts: np.ndarray = np.zeros((len(reader.ranges), reader.models, 3))
 
     def task(i: int, j: int, scratch: Scratch) -> None:
-        reader.run(trimming.norms_blocks, i, j, scratch, trimming_, parts[i:j], scratch.work(reader.wide, reader.models))
+        reader.run(kernels.norms_blocks, i, j, scratch, trimming_, parts[i:j], scratch.work(reader.wide, reader.models))
 
     yield Phase(task, reader.runs)
     return parts.sum(0)
@@ -146,7 +145,7 @@ class _Ranks:
     def ranking(self, run: tuple[int, int], scratch: Scratch) -> Ranking:
         """How the kernels rank a run of blocks."""
         models, table = self.reader.models, self.tables[run]
-        buckets = ranking.BUCKETS if self.long else ranking.ROW_BUCKETS
+        buckets = BUCKETS if self.long else ROW_BUCKETS
         return Ranking(
             self.width, self.long, self.divide, self.densities, self.spreads, self.keys,
             scratch.buffer("counts", np.int32, buckets, models),
@@ -162,14 +161,14 @@ class _Ranks:
         def task(i: int, j: int, scratch: Scratch) -> np.ndarray:
             start, stop = reader.span(i, j)
             addresses, _raws = reader.block(start, stop)
-            counts: np.ndarray = np.zeros((reader.models, ranking.BUCKETS), np.int32)
+            counts: np.ndarray = np.zeros((reader.models, BUCKETS), np.int32)
             work = scratch.work(reader.wide, reader.models)
-            ranking.count_ranks(addresses, reader.kinds, 0, stop - start, lowest, counts, work)
+            kernels.count_ranks(addresses, reader.kinds, 0, stop - start, lowest, counts, work)
             return counts
 
-        counts = sum((yield Phase(task, row)), np.zeros((reader.models, ranking.BUCKETS), np.int64))
-        table: np.ndarray = np.empty((reader.models, ranking.BUCKETS), np.float32)
-        ranking.chances_of(counts, self.densities, self.spreads, self.width, table)
+        counts = sum((yield Phase(task, row)), np.zeros((reader.models, BUCKETS), np.int64))
+        table: np.ndarray = np.empty((reader.models, BUCKETS), np.float32)
+        kernels.chances_of(counts, self.densities, self.spreads, self.width, table)
         return table
 
 
@@ -183,7 +182,7 @@ def _ranked(output: Output, rule: Rule, reader: Reader, keys: np.ndarray, mergin
 
         def measure(i: int, j: int, scratch: Scratch) -> None:
             work = scratch.work(reader.wide, reader.models)
-            reader.run(ranking.norms_ranked, i, j, scratch, ranks.ranking((i, j), scratch), parts[i:j], work)
+            reader.run(kernels.norms_ranked, i, j, scratch, ranks.ranking((i, j), scratch), parts[i:j], work)
 
         yield Phase(measure, list(ranks.tables))
         norms = parts.sum(0)
@@ -191,7 +190,7 @@ def _ranked(output: Output, rule: Rule, reader: Reader, keys: np.ndarray, mergin
 
     def task(i: int, j: int, scratch: Scratch) -> None:
         given = ranks.ranking((i, j), scratch)
-        merging.compute(output, reader, (i, j), scratch, ranking.merge_ranked, given, voting)
+        merging.compute(output, reader, (i, j), scratch, kernels.merge_ranked, given, voting)
 
     yield Phase(task, list(ranks.tables))
     yield from noted(reader, merging)

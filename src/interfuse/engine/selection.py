@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from interfuse.engine import trimming
+from interfuse.engine import kernels
 from interfuse.engine.reading import Reader
 from interfuse.engine.scheduler import Phase, Scratch
 
@@ -90,7 +90,7 @@ def _sample(reader: Reader, runs: int, shared: bool, scratch: Scratch) -> np.nda
     scores: np.ndarray = np.empty((1 if shared else reader.models, runs, _NEIGHBOURS), reader.wide)
     unused: np.ndarray = np.zeros((len(reader.kinds), 2), np.uint64)
     work = scratch.work(reader.wide, reader.models)
-    reader.refuse(trimming.sample_runs(stream, reader.count, shared, unused, scores, work))
+    reader.refuse(kernels.sample_runs(stream, reader.count, shared, unused, scores, work))
     return scores
 
 
@@ -112,7 +112,7 @@ def _bracket(scores: np.ndarray, share: float, wide: Any) -> np.ndarray:
 def _count(
     reader: Reader, models: np.ndarray, brackets: np.ndarray, shared: bool
 ) -> Generator[Phase, list[Any], list[tuple[np.ndarray, list[np.ndarray]]]]:
-    """For each block the counts `[C, 4]` of `trimming.count_blocks`, and each channel's magnitudes within its bracket.
+    """For each block the counts `[C, 4]` of `kernels.count_blocks`, and each channel's magnitudes within its bracket.
 
     Of a run of blocks whose magnitudes don't fit, the last ones are missing.
     """
@@ -121,7 +121,7 @@ def _count(
         inside = scratch.buffer("inside", reader.wide, _ROOM, len(models))
         found: np.ndarray = np.zeros((j - i, len(models), 4), np.int64)
         work, held = scratch.work(reader.wide, reader.models), np.zeros(len(models), np.int64)
-        reader.run(trimming.count_blocks, i, j, scratch, shared, models, brackets, inside, held, found, work)
+        reader.run(kernels.count_blocks, i, j, scratch, shared, models, brackets, inside, held, found, work)
         ends = np.cumsum(found[:, :, 3], axis=0)
         starts = ends - found[:, :, 3]
         return [
@@ -170,7 +170,7 @@ def _end(
     def task(start: int, stop: int, scratch: Scratch) -> int:
         addresses, _raws = reader.block(start, stop)
         work, sought = scratch.work(reader.wide, reader.models), reader.wide(value)
-        return start + trimming.locate(addresses, reader.kinds, stop - start, shared, model, sought, keep - before, work)
+        return start + kernels.locate(addresses, reader.kinds, stop - start, shared, model, sought, keep - before, work)
 
     [end] = yield Phase(task, [reader.ranges[block]])
     return Cut(value, end)
@@ -188,7 +188,7 @@ def _by_histogram(reader: Reader, models: np.ndarray, keep: Sequence[int], share
             counts: np.ndarray = np.zeros((len(models), 1 << _WIDTH), np.int64)
             work = scratch.work(reader.wide, reader.models)
             n = stop - start
-            trimming.histogram(addresses, reader.kinds, n, shared, models, prefixes, shift, _WIDTH, counts, work)
+            kernels.histogram(addresses, reader.kinds, n, shared, models, prefixes, shift, _WIDTH, counts, work)
             return counts
 
         counts = sum((yield Phase(task, reader.ranges)), np.zeros((len(models), 1 << _WIDTH), np.int64))

@@ -8,7 +8,7 @@ Source: the specification of XXH3, https://github.com/Cyan4973/xxHash/blob/dev/d
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -16,14 +16,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from interfuse.engine.compiling import compiled
-
-#: In place of an open file: elements lie in memory, or there are none (a base that is 0).
-IN_MEMORY, NOTHING = -1, -2
-#: Bytes up to which a block's hash is Python's affair.
-SHORT = 240
-#: Words that `take` needs beside one for each input.
-LANES = 8
+from interfuse.engine.kernels import NOTHING, SHORT
+from interfuse.engine.loops.decorators import compiled
 
 _SECRET = bytes.fromhex(
     "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221b8084674f743248e"
@@ -44,17 +38,6 @@ _START = np.array([_PRIME32[2], *_PRIME64[:4], _PRIME32[1], _PRIME64[4], _PRIME3
 _FOR_LOW, _FOR_HIGH = np.array(_words(11), np.uint64), np.array(_words(192 - 64 - 11), np.uint64)
 _LOW_32, _32, _37 = np.uint64(0xFFFFFFFF), np.uint64(32), np.uint64(37)
 _MIX = np.uint64(0x165667919E3779F9)
-
-
-class Stream(NamedTuple):
-    """Where a tensor's inputs are, for a run of its blocks: arrays with one entry an input, the base's first."""
-
-    handles: np.ndarray  # int32: an open file, IN_MEMORY or NOTHING
-    offsets: np.ndarray  # int64: the byte of the file where the tensor begins
-    sizes: np.ndarray  # int64: bytes of an element
-    addresses: np.ndarray  # uint64: of room for a block; of what is in memory, where the run begins
-    kinds: np.ndarray  # uint8: the stored type, see `kernels.KINDS`
-    room: np.ndarray  # uint64 [inputs + LANES]: where the block's elements are, and what the hash works in
 
 
 pread = types.ExternalFunction("pread", types.int64(types.int32, types.uint64, types.uint64, types.int64))
@@ -179,3 +162,16 @@ def hash_stream(stream, ends, hashes):  # type: ignore[no-untyped-def]
         if failed:
             return failed
     return 0
+
+
+@compiled
+def place_of(target, start):  # type: ignore[no-untyped-def]
+    """The address of the run's element `start` in the target."""
+    return np.uint64(target.address + np.uint64(start * target.size))
+
+
+@compiled
+def hash_result(target, b, place, n):  # type: ignore[no-untyped-def]
+    """Note the hash of a block's result."""
+    if n * target.size > SHORT:
+        xxh3(place, n * target.size, target.hashes[b], target.lanes)

@@ -8,32 +8,15 @@ magnitude; a row that is longer than a block is counted without that floor. Sour
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import numpy as np
 
-from interfuse.engine.compiling import compiled
-from interfuse.engine.kernels import CHUNK, as_bits, below, hash_result, place_of, store
-from interfuse.engine.streams import take
-from interfuse.engine.trimming import deltas_of, mix, size_of, squares_of, vote_of
+from interfuse.engine.kernels import CHUNK, ROW_BUCKETS
+from interfuse.engine.loops.decorators import compiled
+from interfuse.engine.loops.numbers import as_bits, below, store
+from interfuse.engine.loops.streams import hash_result, place_of, take
+from interfuse.engine.loops.trimming import deltas_of, mix, size_of, squares_of, vote_of
 
-#: Of all magnitudes, and of a row's.
-BUCKETS, ROW_BUCKETS = 2**15, 2**11
 _0 = np.float32(0)
-
-
-class Ranking(NamedTuple):
-    """How rows are ranked: arrays with one entry a model, and what counts in. With `known`, `table` is a whole row's."""
-
-    width: Any  # int64: elements of a row
-    known: Any  # bool
-    divide: Any  # bool: by the chance of being kept
-    densities: np.ndarray  # float32
-    spreads: np.ndarray  # float32
-    keys: np.ndarray  # uint32 [M, 2]
-    counts: np.ndarray  # int32 [M, buckets]
-    table: np.ndarray  # float32 [M, buckets]: the chances
-    lowest: np.ndarray  # int32: the bucket that the first counter is
 
 
 @compiled
@@ -134,10 +117,8 @@ def _prepare(addresses, kinds, start, width, ranking, work):  # type: ignore[no-
 @compiled
 def _kept(addresses, kinds, start, n, first, ranking, work):  # type: ignore[no-untyped-def]
     models = len(kinds) - 1
-    deltas_of(addresses, kinds, start, n, work)
-    finite = True
+    finite = deltas_of(addresses, kinds, start, n, work)
     for k in range(models):
-        finite &= below(work[k], np.inf, n)
         _look_up(work[k], ranking.table[k], ranking.lowest[k], work[models + 1], n)
         _ranked(work[k], work[models + 1], ranking.keys[k, 0], ranking.keys[k, 1], first + start, ranking.divide, n)
     return finite

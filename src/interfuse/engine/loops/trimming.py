@@ -1,46 +1,20 @@
-"""The block loops of trim -> elect -> scale, compiled by Numba: count magnitudes, trim deltas, let them vote, add them up.
+"""Trim -> elect -> scale: deltas are trimmed, vote on signs, and are added up.
 
-Like `kernels`, on whose chunks they are built. Which entries are kept is exact: a cut is a magnitude and the index up to
-which entries of just that magnitude are kept. Chance is counter-based: whether an entry is kept depends on the tensor's
-and model's key and on the entry's index alone. Sources: TIES https://arxiv.org/abs/2306.01708, DARE
-https://arxiv.org/abs/2311.03099, DELLA https://arxiv.org/abs/2406.11617, SCE https://arxiv.org/abs/2408.07990.
+Which entries are kept is exact: a cut is a magnitude and the index up to which entries of just that magnitude are kept.
+Chance is counter-based: whether an entry is kept depends on the tensor's and model's key and on the entry's index alone.
+Sources: TIES https://arxiv.org/abs/2306.01708, DARE https://arxiv.org/abs/2311.03099, SCE https://arxiv.org/abs/2408.07990.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
-from interfuse.engine.compiling import compiled, compiled_sum
-from interfuse.engine.kernels import CHUNK, after, below, bits_of, hash_result, load, load_less, place_of, store
-from interfuse.engine.streams import take
+from interfuse.engine.kernels import BAND, CHUNK, RANDOM, SHARED
+from interfuse.engine.loops.decorators import compiled, compiled_sum
+from interfuse.engine.loops.numbers import after, below, load, load_less, store
+from interfuse.engine.loops.streams import hash_result, place_of, take
 
-#: How entries are trimmed, as kernels know it.
-ALL, BAND, RANDOM, SHARED = range(4)
-_SCAN = 64
 _0, _1 = np.float32(0), np.float32(1)  # a plain 0 would make the arithmetic float64
-
-
-class Trimming(NamedTuple):
-    """How a kernel trims: arrays with one entry a model. An entry is kept from the low cut on to below the high cut."""
-
-    how: int
-    cuts: np.ndarray  # [M, 2], low and high, in the type of `work`
-    ends: np.ndarray  # int64 [M, 2]: entries at the low cut are kept below this index, at the high cut from this on
-    keys: np.ndarray  # uint32 [M, 2]
-    chances: np.ndarray  # float32 [M]: of being kept
-
-
-class Voting(NamedTuple):
-    """How trimmed deltas become one: arrays with one entry a model, in the type of `work`."""
-
-    elect: bool
-    mean: bool
-    votes: np.ndarray  # what a delta is multiplied by when signs are elected
-    scales: np.ndarray  # and when it is summed
-    weights: np.ndarray  # what a mean divides by
-    factor: float
 
 
 @compiled
@@ -107,7 +81,7 @@ def _shared(values, scores, cuts, ends, first, n):  # type: ignore[no-untyped-de
 
 
 @compiled
-def _variance(deltas, models, mean, out, n):  # type: ignore[no-untyped-def]
+def variance_of(deltas, models, mean, out, n):  # type: ignore[no-untyped-def]
     """The variance over the models at each place."""
     for i in range(n):
         mean[i] = 0
@@ -124,11 +98,13 @@ def _variance(deltas, models, mean, out, n):  # type: ignore[no-untyped-def]
 
 @compiled
 def deltas_of(addresses, kinds, start, n, work):  # type: ignore[no-untyped-def]
-    """The base into `work[M]`, and the models' differences from it into `work[:M]`."""
+    """The base into `work[M]`, and the models' differences from it into `work[:M]`; whether these are finite."""
     models = len(kinds) - 1
+    finite = True
     load(work[models], addresses[0], kinds[0], start, n)
     for k in range(models):
-        load_less(work[k], work[models], addresses[k + 1], kinds[k + 1], start, n)
+        finite &= load_less(work[k], work[models], addresses[k + 1], kinds[k + 1], start, n)
+    return finite
 
 
 @compiled
@@ -141,7 +117,7 @@ def _trim(how, cuts, ends, keys, chances, models, first, n, work):  # type: igno
         for k in range(models):
             _random(work[k], keys[k, 0], keys[k, 1], first, chances[k], n)
     elif how == SHARED:
-        _variance(work, models, work[models + 2], work[models + 1], n)
+        variance_of(work, models, work[models + 2], work[models + 1], n)
         for k in range(models):
             _shared(work[k], work[models + 1], cuts[k], ends[k], first, n)
 
@@ -235,9 +211,7 @@ def _merge(addresses, kinds, first, n, trimming, voting, out, out_kind, limit, w
     finite = True
     for start in range(0, n, CHUNK):
         m = min(CHUNK, n - start)
-        deltas_of(addresses, kinds, start, m, work)
-        for k in range(models):  # a trim might drop what isn't finite
-            finite &= below(work[k], np.inf, m)
+        finite &= deltas_of(addresses, kinds, start, m, work)  # a trim might drop what isn't
         _trim(trimming.how, trimming.cuts, trimming.ends, trimming.keys, trimming.chances, models, first + start, m, work)
         vote_of(voting.elect, voting.mean, voting.votes, voting.scales, voting.weights, voting.factor, models, m, work)
         finite &= below(work[models + 1], limit, m)
@@ -284,137 +258,3 @@ def squares_of(values, n):  # type: ignore[no-untyped-def]
     for i in range(n):
         total += np.float64(values[i]) * np.float64(values[i])
     return total
-
-
-@compiled
-def _scores(addresses, kinds, shared, start, n, work):  # type: ignore[no-untyped-def]
-    """What entries are chosen by, into `work[:M]`: the deltas, or into `work[0]` alone their variance."""
-    models = len(kinds) - 1
-    deltas_of(addresses, kinds, start, n, work)
-    if shared:
-        _variance(work, models, work[models + 2], work[models + 1], n)
-        for i in range(n):
-            work[0, i] = work[models + 1, i]
-
-
-@compiled
-def sample(addresses, kinds, shared, stride, out, work):  # type: ignore[no-untyped-def]
-    """Runs of 16 scores each `stride` elements, into `out` `[channels, S]`, as magnitudes."""
-    channels = out.shape[0]
-    for run in range(out.shape[1] // 16):
-        _scores(addresses, kinds, shared, run * stride, 16, work)
-        for c in range(channels):
-            for i in range(16):
-                out[c, 16 * run + i] = abs(work[c, i])
-
-
-@compiled
-def count_blocks(stream, ends, hashes, shared, model, brackets, inside, held, found, work):  # type: ignore[no-untyped-def]
-    """How the magnitudes of blocks stand to a bracket each: `model[c]` says whose, `brackets[c]` is low and high.
-
-    `found` `[blocks, C, 4]` becomes how many are above high, at high, at low, and between: the last are put into `inside[c]`
-    one block after the other, as far as they fit; `held` counts them, from 0. A bracket with low = high has all its
-    entries at high.
-    """
-    for b in range(len(ends) - 1):
-        n = ends[b + 1] - ends[b]
-        failed = take(stream, ends[0], ends[b], n, hashes[b], True)
-        if failed:
-            return failed
-        found[b] = 0
-        for start in range(0, n, CHUNK):
-            m = min(CHUNK, n - start)
-            _scores(stream.room, stream.kinds, shared, start, m, work)
-            for c in range(len(model)):
-                scores, low, high = work[model[c]], brackets[c, 0], brackets[c, 1]
-                above, top, bottom, between = _compare(scores, low, high, m)
-                found[b, c, 0] += above
-                found[b, c, 1] += top
-                found[b, c, 2] += bottom
-                found[b, c, 3] += between
-                if between and held[c] + between <= inside.shape[1]:
-                    _collect(scores, low, high, m, inside[c, held[c] :])
-                held[c] += between
-    return 0
-
-
-@compiled
-def sample_runs(stream, count, shared, hashes, out, work):  # type: ignore[no-untyped-def]
-    """Runs of neighbouring scores, evenly spread over `count` elements, into `out` `[channels, runs, length]`."""
-    channels, runs, length = out.shape
-    stride = count // runs
-    for run in range(runs):
-        failed = take(stream, 0, run * stride, length, hashes, False)
-        if failed:
-            return failed
-        _scores(stream.room, stream.kinds, shared, 0, length, work)
-        for c in range(channels):
-            for i in range(length):
-                out[c, run, i] = abs(work[c, i])
-    return 0
-
-
-@compiled
-def _compare(scores, low, high, n):  # type: ignore[no-untyped-def]
-    """How many are above, at high, at low, between. Counted in 32 bits: so many lanes does a vector have."""
-    above, top, bottom, under = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
-    for i in range(n):
-        score = abs(scores[i])
-        above = np.uint32(above + np.uint32(score > high))
-        top = np.uint32(top + np.uint32(score == high))
-        bottom = np.uint32(bottom + np.uint32(score == low))
-        under = np.uint32(under + np.uint32(score < low))
-    low_ones = np.int64(0) if low == high else np.int64(bottom)
-    return np.int64(above), np.int64(top), low_ones, n - np.int64(above) - np.int64(top) - low_ones - np.int64(under)
-
-
-@compiled
-def _collect(scores, low, high, n, out):  # type: ignore[no-untyped-def]
-    """The magnitudes that are between the two, in order; how many."""
-    at = 0
-    for start in range(0, n, _SCAN):
-        stop = min(start + _SCAN, n)
-        some = np.int32(0)
-        for i in range(start, stop):
-            score = abs(scores[i])
-            some += np.int32((score > low) & (score < high))
-        if some:
-            for i in range(start, stop):
-                score = abs(scores[i])
-                if (score > low) & (score < high):
-                    out[at] = score
-                    at += 1
-    return at
-
-
-@compiled
-def histogram(addresses, kinds, n, shared, model, prefixes, shift, width, counts, work):  # type: ignore[no-untyped-def]
-    """Add to `counts` `[C, 2^width]` the magnitudes by the `width` bits of theirs from `shift` up, below a prefix each.
-
-    Magnitudes are seen as their bits, which are ordered as they are. Only those count whose higher bits are the prefix.
-    """
-    mask = np.uint64((1 << width) - 1)
-    for start in range(0, n, CHUNK):
-        m = min(CHUNK, n - start)
-        _scores(addresses, kinds, shared, start, m, work)
-        for c in range(len(model)):
-            scores = np.abs(work[model[c]])
-            for i in range(m):
-                bits = bits_of(scores[i]) >> np.uint64(shift)
-                if bits >> np.uint64(width) == prefixes[c]:
-                    counts[c, bits & mask] += 1
-
-
-@compiled
-def locate(addresses, kinds, n, shared, model, value, nth, work):  # type: ignore[no-untyped-def]
-    """The index in a block of the entry that comes after the first `nth` whose magnitude is just `value`."""
-    seen = 0
-    for start in range(0, n, CHUNK):
-        m = min(CHUNK, n - start)
-        _scores(addresses, kinds, shared, start, m, work)
-        for i in range(m):
-            if abs(work[model, i]) == value:
-                if seen == nth:
-                    return start + i
-                seen += 1
-    return n
