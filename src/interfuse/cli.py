@@ -61,7 +61,7 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe, in YAML.", metavar="RECIPE")],
     out: Annotated[Path, typer.Argument(help="The output folder; it appears whole or not at all.", metavar="OUT")],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="How many CPU threads to compute with.")] = None,
     device: Device = None,
