@@ -20,7 +20,11 @@ CLAIMS: dict[str, list[WeightClaims]] = {
     "slerp": [WeightClaims({"t": 0.5}, **NOT_EQUAL), WeightClaims({"t": 1.0})],
     "nuslerp": [WeightClaims(), WeightClaims({"nuslerp_flatten": False})],
     "model_stock": [WeightClaims(), WeightClaims({"filter_wise": True})],
-    "ties": [WeightClaims(), WeightClaims({"density": 0.4, "rescale": True}, **NOT_EQUAL)],
+    "ties": [
+        WeightClaims(),
+        WeightClaims({"density": 0.4, "rescale": True}, **NOT_EQUAL),
+        WeightClaims({"density": 0.4, "trim": "global"}, **NOT_EQUAL),
+    ],
     "dare_linear": [WeightClaims(), WeightClaims({"density": 0.5}, **NOT_EQUAL)],
     "dare_ties": [WeightClaims(), WeightClaims({"density": 0.5, "rescale": "l1"}, **NOT_EQUAL)],
     "della": [WeightClaims(), WeightClaims({"density": 0.5}, **NOT_EQUAL)],

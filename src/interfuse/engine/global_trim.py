@@ -19,6 +19,7 @@ import numpy as np
 from interfuse.checkpoints.source import Checkpoint
 from interfuse.engine import kernels
 from interfuse.engine.reading import Reader
+from interfuse.engine.rules import kept
 from interfuse.engine.scheduler import Job, Phase, Scratch, run_jobs
 from interfuse.engine.selection import Cut
 from interfuse.methods.forms import Rule
@@ -103,13 +104,9 @@ def _gathered(outputs: Sequence[Output], sources: Sequence[Checkpoint]) -> tuple
             total[number] += reader.count
             numbers.append(number)
         parts.append(_Part(output.name, reader, np.array(numbers, np.int64)))
-    keep = [_kept(density, n) for (_, _, density), n in zip(found, total, strict=True)]
+    keep = [kept(density, n) for (_, _, density), n in zip(found, total, strict=True)]
     wide = np.float64 if any(part.reader.wide is np.float64 for part in parts) else np.float32
     return parts, _Groups(total, keep, wide)
-
-
-def _kept(density: float, count: int) -> int:
-    return min(count, max(1, math.floor(density * count))) if density > 0 else 0
 
 
 def _brackets(parts: Sequence[_Part], groups: _Groups, threads: int) -> list[tuple[int, int]]:
