@@ -41,12 +41,12 @@ def hub_store(repo: str, revision: str | None) -> Store | Path:
     try:
         info = api.model_info(repo, revision=revision, files_metadata=True, timeout=_PATIENCE)
     except Exception as error:  # what a hub's client raises is its own affair
-        cached = None if _kinds(error) & {"RevisionNotFoundError", "HFValidationError"} else _cached(hub, repo, revision)
+        cached = None if _kinds(error) & {"RevisionNotFoundError", "HFValidationError"} else _cached(repo, revision)
         if cached is None:
             raise CheckpointError(_problem(name, error)) from None
         return cached
     sizes = {item.rfilename: item.size for item in info.siblings or ()}
-    folder = _snapshots(hub, repo) / str(info.sha)
+    folder = _snapshots(repo) / str(info.sha)
     files = _Files(hub, api, repo, str(info.sha), folder, name)
     first = next((file for file in ("config.json", "README.md", ".gitattributes") if file in sizes), None)
     if first is not None and revision != info.sha:  # its name in the cache is what a run without a network looks for
@@ -59,6 +59,7 @@ class _Files:
 
     def __init__(self, hub: ModuleType, api: Any, repo: str, commit: str, folder: Path, name: str):
         self.hub, self.api, self.repo, self.commit, self.folder, self.name = hub, api, repo, commit, folder, name
+        self.utils = require("huggingface_hub.utils")
 
     def read(self, file: str, start: int, stop: int) -> bytes:
         """Bytes of a file, from the cache or by a request for just these."""
@@ -68,11 +69,11 @@ class _Files:
                 opened.seek(start)
                 return opened.read(stop - start)
         url = self.hub.hf_hub_url(self.repo, file, revision=self.commit, endpoint=self.api.endpoint)
-        headers = self.hub.utils.build_hf_headers(token=self.api.token)
+        headers = self.utils.build_hf_headers(token=self.api.token)
         headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         try:
-            response = self.hub.utils.get_session().get(url, headers=headers, timeout=_PATIENCE)
-            self.hub.utils.hf_raise_for_status(response)
+            response = self.utils.get_session().get(url, headers=headers, timeout=_PATIENCE)
+            self.utils.hf_raise_for_status(response)
         except Exception as error:
             raise CheckpointError(_problem(f"{self.name}/{file}", error)) from None
         content: bytes = response.content
@@ -83,7 +84,7 @@ class _Files:
         missing = [file for file in files if not (self.folder / file).is_file()]
         if not missing:
             return
-        with _bars(self.hub, shown), ThreadPoolExecutor(_AT_ONCE) as pool:
+        with _bars(shown), ThreadPoolExecutor(_AT_ONCE) as pool:
             problems = [problem for problem in pool.map(self._try, missing) if problem is not None]
         if problems:
             raise CheckpointError(*problems)
@@ -97,33 +98,34 @@ class _Files:
 
     def fetch(self, file: str, revision: str | None) -> None:
         """Fetch one file by the name of its revision; if that fails, the file will be asked for again."""
-        with _bars(self.hub, False), contextlib.suppress(Exception):
+        with _bars(False), contextlib.suppress(Exception):
             self.api.hf_hub_download(self.repo, file, revision=revision)
 
 
-def _snapshots(hub: ModuleType, repo: str) -> Path:
-    return Path(hub.constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
+def _snapshots(repo: str) -> Path:
+    return Path(require("huggingface_hub.constants").HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
 
 
-def _cached(hub: ModuleType, repo: str, revision: str | None) -> Path | None:
+def _cached(repo: str, revision: str | None) -> Path | None:
     """The folder in the cache of a revision that was fetched before."""
-    snapshots = _snapshots(hub, repo)
+    snapshots = _snapshots(repo)
     ref = snapshots.parent / "refs" / (revision or "main")
     folder = snapshots / (ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision or "main")
     return folder if folder.is_dir() else None
 
 
 @contextlib.contextmanager
-def _bars(hub: ModuleType, shown: bool) -> Iterator[None]:
+def _bars(shown: bool) -> Iterator[None]:
     """Off a terminal, and for small files, without the hub's own progress bars."""
-    if (shown and sys.stderr.isatty()) or hub.utils.are_progress_bars_disabled():
+    utils = require("huggingface_hub.utils")
+    if (shown and sys.stderr.isatty()) or utils.are_progress_bars_disabled():
         yield
         return
-    hub.utils.disable_progress_bars()
+    utils.disable_progress_bars()
     try:
         yield
     finally:
-        hub.utils.enable_progress_bars()
+        utils.enable_progress_bars()
 
 
 def _kinds(error: BaseException) -> set[str]:

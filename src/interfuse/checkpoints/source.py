@@ -82,6 +82,11 @@ class Checkpoint:
             found += [file for checkpoint in self.within for file in checkpoint.files()]
         return list(dict.fromkeys(found))
 
+    def stores(self) -> list[Store]:
+        """Where it comes from that isn't on this machine."""
+        own = [] if self.store is None else [self.store]
+        return list(dict.fromkeys([*own, *(store for checkpoint in self.within for store in checkpoint.stores())]))
+
     def hash(self) -> str:
         """The XXH3 of all names, types, shapes and bytes: equal tensors, equal hash, however they are stored."""
         return hash_of({name: (spec, hash_blocks(map(hash_block, self.blocks(name)))) for name, spec in self.specs.items()})

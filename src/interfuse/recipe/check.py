@@ -296,8 +296,8 @@ def _model(ref: str, path: str, form: str, trust_code: bool, *, adapter: bool) -
     elif Path(ref).is_file() and form != "merge":
         allowed = "name the code that builds it, python:module:function, and give this file as `weights`"
         yield Problem(path, f"{ref} is a file of weights without its network", allowed)
-    elif _absent(ref, _WEIGHT_FILES):
-        file = "a file of weights, " if form == "merge" else ""
+    elif _absent(ref, _WEIGHT_FILES) and not (form == "merge" and "://" in ref):
+        file = "a file of weights, a URL, " if form == "merge" else ""
         allowed = f"give a folder, {file}a hub id, or python:module:function"
         yield Problem(path, f"{ref} doesn't exist", "give an adapter's folder or hub id" if adapter else allowed)
 

@@ -1,8 +1,8 @@
 """Which model a recipe means: a path or hub id, its revision, and an adapter on top; as text or as a mapping.
 
-`path`, `hub/id`, `id@revision`, `model+lora`, `model@revision+lora@revision`, or `{model: {path, revision}, lora: {path,
-revision}}`; `path#task` is a task of a merge that has an output for each. What is on disk comes first: a path that exists
-is that path, whatever is in its name. Not a downloader, and nothing here looks into a model.
+`path`, `hub/id`, `id@revision`, `https://...`, `model+lora`, `model@revision+lora@revision`, or `{model: {path, revision},
+lora: {path, revision}}`; `path#task` is a task of a merge that has an output for each. What is on disk comes first: a path
+that exists is that path, whatever is in its name. Not a downloader, and nothing here looks into a model.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def _exists(ref: str, folder: Path | None) -> bool:
 
 
 def _split(text: str, sign: str, folder: Path | None) -> tuple[str, str | None]:
-    """The text before and after the sign that parts it; a sign within a path that exists parts nothing."""
+    """The text before and after the sign that parts it; a sign within a path that exists, or an @ in a URL, parts nothing."""
     places = [i for i, letter in enumerate(text) if letter == sign]
-    if not places or _exists(text, folder):
+    if not places or _exists(text, folder) or (sign == "@" and "://" in text):
         return text, None
     for at in reversed(places):
         if _exists(text[:at], folder):
