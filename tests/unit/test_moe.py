@@ -273,12 +273,12 @@ def test_random_gates_go_by_the_seed(work: Path, mode: str, spread: float) -> No
 
 def test_a_shared_expert_with_a_gate(tmp_path: Path) -> None:
     for seed, name in enumerate(("base", "a", "b")):
-        saved(tmp_path / name, "qwen2", seed)
+        saved(tmp_path / name, seed=seed)
     experts = [{"source_model": str(tmp_path / n), "positive_prompts": [p]} for n, p in (("a", "sums"), ("b", "poems"))]
     shared = {"source_model": str(tmp_path / "a"), "positive_prompts": ["code loops"], "residual_scale": 0.5}
     content = {"base_model": str(tmp_path / "base"), "experts": experts, "shared_experts": [shared], "experts_per_token": 1}
     made = interfuse.moe(content, tmp_path / "out")
-    assert made.notes == ()
+    assert (made.layout, made.notes) == ("Qwen2MoeForCausalLM", ())
     loaded(tmp_path / "out")
     found, expert = tensors(tmp_path / "out"), tensors(tmp_path / "a")
     head = "model.layers.1.mlp."
@@ -287,7 +287,7 @@ def test_a_shared_expert_with_a_gate(tmp_path: Path) -> None:
     assert torch.equal(found[f"{head}experts.0.down_proj.weight"], expert[f"{head}down_proj.weight"])
     assert float(found[f"{head}shared_expert_gate.weight"].norm()) == pytest.approx(1, abs=1e-6)
     shared.pop("positive_prompts")
-    made = interfuse.moe(content, tmp_path / "open")
+    made = interfuse.moe({**content, "architecture": "qwen2_moe"}, tmp_path / "open")
     assert "residual_scale: 2 adds all of it" in made.notes[0]
     assert not tensors(tmp_path / "open")[f"{head}shared_expert_gate.weight"].any()
 
@@ -527,6 +527,18 @@ def test_other_bases(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="device: got 'tpu'; cpu or cuda"):
         interfuse.moe({"base_model": str(bare), "experts": prompts}, tmp_path / "out", device="tpu")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mode", ["hidden", "cheap_embed"])
+def test_prompts_that_leave_nothing(work: Path, mode: str) -> None:
+    content = recipe(gate_mode=mode)
+    content["experts"][1]["negative_prompts"] = ["poems rhymes"]
+    with pytest.raises(ModelError, match=r"experts\[1\]: the positive prompts less the negative ones leave nothing"):
+        interfuse.moe(content, "out")
+    content["experts"][1]["negative_prompts"] = [""]
+    with pytest.raises(ModelError, match="prompts: '' gives no token"):
+        interfuse.moe(content, "out")
+    assert not (work / "out").exists()
 
 
 def test_the_router_sends_prompts_to_their_experts(work: Path) -> None:

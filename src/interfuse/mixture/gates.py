@@ -21,6 +21,8 @@ from interfuse.recipe.references import Reference
 
 #: What a vector's length is divided by at least, so that prompts that cancel out give a vector near zero, not noise.
 _LEAST = 1e-8
+#: A vector has length 1, or near 0 where prompts cancel out: as in the first layer, where the last tokens are the same.
+_NOTHING = 0.5
 _EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -43,6 +45,11 @@ def gate_vectors(
         _of_expert(expert, lambda prompts: state([tokenize(prompt) for prompt in prompts]))
         for expert in track(gated, "reading prompts", len(gated), shown=progress)
     ]
+    empty = [i for i, vectors in enumerate(found) if np.linalg.norm(vectors, axis=-1).max() < _NOTHING]
+    if empty:
+        names = [f"experts[{i}]" if i < len(recipe.experts) else "shared_experts[0]" for i in empty]
+        wrong, allowed = "the positive prompts less the negative ones leave nothing", "give prompts that differ"
+        raise ModelError(*(Problem(name, wrong, allowed) for name in names))
     return np.stack(found, 1).astype(np.float32)
 
 
@@ -76,10 +83,12 @@ def _tokenizer(recipe: MixtureRecipe) -> Callable[[str], list[int]]:
         allowed = "add its tokenizer's files, or give gate_mode: random"
         raise ModelError(Problem("base_model", f"{reference.path} has no tokenizer to read the prompts with", allowed))
 
+    begin = tokenizer.bos_token or ""
+
     def tokens(prompt: str) -> list[int]:
-        found: list[int] = tokenizer((tokenizer.bos_token or "") + prompt, add_special_tokens=False)["input_ids"]
-        if not found:
-            raise ModelError(Problem("positive_prompts", f"{prompt!r} gives no token", "give a text"))
+        found: list[int] = tokenizer(begin + prompt, add_special_tokens=False)["input_ids"]
+        if len(found) <= bool(begin):
+            raise ModelError(Problem("prompts", f"{prompt!r} gives no token", "give a text that the base's tokenizer reads"))
         return found
 
     return tokens
