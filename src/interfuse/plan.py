@@ -101,12 +101,23 @@ class Plan:
 
     def digest(self) -> str:
         """The SHA-256 of all that determines the result, in canonical JSON: not the models' paths, not the notes."""
-        calls = list(dict.fromkeys(output.call for output in self.outputs))
+        calls = {id(output.call): output.call for output in self.outputs}
         number = {call: i for i, call in enumerate(calls)}
-        content = {
+        reads = [read for output in self.outputs for read in output.inputs]
+        bases = [output.base for output in self.outputs]
+        content: dict[str, Any] = {  # in columns, which are written faster than rows
             "seed": self.seed,
-            "calls": [call and [call.method, call.weights, call.options] for call in calls],
-            "outputs": [[o.name, o.spec.dtype, o.spec.shape, o.how, number[o.call], o.base, o.inputs] for o in self.outputs],
+            "calls": [call and [call.method, call.weights, call.options] for call in calls.values()],
+            "names": [output.name for output in self.outputs],
+            "dtypes": [output.spec.dtype for output in self.outputs],
+            "shapes": [output.spec.shape for output in self.outputs],
+            "how": [output.how for output in self.outputs],
+            "call": [number[id(output.call)] for output in self.outputs],
+            "inputs": [len(output.inputs) for output in self.outputs],
+            "sources": [source for source, _ in reads],
+            "tensors": [name for _, name in reads],
+            "base_sources": [base and base.source for base in bases],
+            "base_tensors": [base and base.name for base in bases],
         }
         content |= {"wording": self.wording.digest} if self.wording else {}
         content |= {"earlier": self.earlier} if self.earlier else {}
@@ -269,9 +280,9 @@ class _Planner:
             wrong = f"tensor {slot.name!r} is {spec}"
             self._differ.setdefault(whose, []).append(Problem(whose, wrong, f"convert it to one of {', '.join(FLOATS)}"))
             return False
-        good = True
+        good, names = True, slot.names
         for i, checkpoint in zip(meeting.models, meeting.checkpoints, strict=True):
-            found = checkpoint.specs[slot.names[i]]
+            found = checkpoint.specs[names[i]]
             if found is spec or (found.shape == spec.shape and found.dtype == dtype):
                 continue
             if found.shape != spec.shape or not (is_float and found.dtype in STORED_FLOATS):

@@ -26,6 +26,7 @@ _SLOW = {"pcb": 60.0, "arcee_fusion": 30.0}
 _DECOMPOSED = 0.4
 _ONCE = ("iso_c", "subspace_boost", "wudi", "ace", "knots")
 _START = 1.0  # seconds in which a process starts
+_EACH = 300_000  # CPU nanoseconds of a tensor, however small
 _PROCESS = 80 * 10**6  # bytes of a process that merges, and what it knows of one tensor of one model
 _NAMED = 400
 _BESIDE = 1000  # bytes a tensor has in headers, index and journal
@@ -45,8 +46,11 @@ def estimate(stages: Sequence[Planned], threads: int | None = None) -> Estimate:
     count = threads or len(os.sched_getaffinity(0))
     plans = [plan for _, plan, _ in stages]
     names = sum(len(source.specs) for _, _, sources in stages for source in sources) + sum(len(p.outputs) for p in plans)
-    memory = _PROCESS + _NAMED * names + sum(_held(plan, 1) for plan in plans[:-1]) + _held(plans[-1], count)
-    seconds = _START + _seconds(plans[-1], count) + sum(_seconds(plan, 1) for plan in plans[:-1])
+    memory, seconds = _PROCESS + _NAMED * names, _START
+    for plan in plans:
+        alike, own = _alike(plan), count if plan is plans[-1] else 1  # earlier recipes' results are made by one thread
+        memory += own * max((_buffers(output) for output, _ in alike), default=0)
+        seconds += sum(number * (_EACH + _nanoseconds(output)) for output, number in alike) / own / 1e9
     return Estimate(count, memory + sum(map(_kept, plans[:-1])), seconds, room_for(stages))
 
 
@@ -65,15 +69,6 @@ def room_for(stages: Sequence[Planned]) -> int:
 def _kept(plan: Plan) -> int:
     """What is remembered of an earlier recipe's result in memory."""
     return sum(sorted(output.spec.nbytes for output in plan.outputs if output.spec.nbytes < LARGE)[-HELD:])
-
-
-def _held(plan: Plan, threads: int) -> int:
-    """The buffers of all threads, where each runs the output that needs most."""
-    return threads * max((_buffers(output) for output, _ in _alike(plan)), default=0)
-
-
-def _seconds(plan: Plan, threads: int) -> float:
-    return sum(number * _nanoseconds(output) for output, number in _alike(plan)) / threads / 1e9
 
 
 def _alike(plan: Plan) -> list[tuple[Output, int]]:
