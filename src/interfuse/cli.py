@@ -193,7 +193,7 @@ def moe(
     recipe: Annotated[Path, typer.Argument(help="A recipe as mergekit-moe's, in YAML (docs/moe.md).", metavar="RECIPE")],
     out: Annotated[Path, typer.Argument(help="The output folder; it appears whole or not at all.", metavar="OUT")],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="How many CPU threads to copy with.")] = None,
     device: Annotated[
