@@ -60,9 +60,7 @@ def _options(
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe, in YAML.", metavar="RECIPE")],
     out: Annotated[Path, typer.Argument(help="The output folder; it appears whole or not at all.", metavar="OUT")],
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="How many CPU threads to compute with.")] = None,
     device: Device = None,
     seed: Annotated[int | None, typer.Option(min=0, help="In place of the recipe's seed.")] = None,
@@ -192,9 +190,7 @@ def extract_lora(
 def moe(
     recipe: Annotated[Path, typer.Argument(help="A recipe as mergekit-moe's, in YAML (docs/moe.md).", metavar="RECIPE")],
     out: Annotated[Path, typer.Argument(help="The output folder; it appears whole or not at all.", metavar="OUT")],
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="How many CPU threads to copy with.")] = None,
     device: Annotated[
         str | None, typer.Option(help="Where the base reads prompts: cpu or cuda. Left out: cuda if there is one.")

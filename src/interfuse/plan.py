@@ -170,10 +170,10 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[Reference, Checkpoint], *, c
     )
 
 
-def config_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The checkpoint's config.json, or None where there is none; one that isn't JSON is a `CheckpointError`."""
-    path = checkpoint.folder / "config.json" if checkpoint.folder else None
-    text = checkpoint.beside.get("config.json")
+def config_of(checkpoint: Checkpoint, inner: str = "") -> dict[str, Any] | None:
+    """The checkpoint's config.json, or that in a sub-folder; None where there is none, an error where it isn't JSON."""
+    path = checkpoint.folder / f"{inner}config.json" if checkpoint.folder else None
+    text = checkpoint.beside.get(f"{inner}config.json")
     try:
         if text is None:
             if path is None or not path.is_file():

@@ -354,7 +354,7 @@ def test_folders_give_a_folder_with_side_files_and_provenance(tmp_path: Path) ->
     (base / "checkpoint-5").mkdir()
     out = merge("task_arithmetic", [a, str(b)], base=base, out=tmp_path / "out", weights=[0.5, 2], **by_name(0.5))
     assert out == tmp_path / "out"
-    assert sorted(os.listdir(out)) == ["config.json", "interfuse.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(os.listdir(out)) == ["README.md", "config.json", "interfuse.json", "model.safetensors", "tokenizer.json"]
     assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
     states = [load_file(folder / "model.safetensors") for folder in (base, a, b)]
     in_memory = merge("task_arithmetic", states[1:], base=states[0], weights=[0.5, 2], **by_name(0.5))
@@ -404,7 +404,7 @@ def test_single_files_are_merged_without_their_neighbours(tmp_path: Path) -> Non
         state = {"t": torch.full((3,), float(i))}
         (save_file if name.endswith("s") else torch.save)(state, tmp_path / "in" / name)
     out = merge("linear", [tmp_path / "in" / "a.safetensors", tmp_path / "in" / "b.pt"], out=tmp_path / "out")
-    assert sorted(os.listdir(out)) == ["interfuse.json", "model.safetensors"]
+    assert sorted(os.listdir(out)) == ["README.md", "interfuse.json", "model.safetensors"]
     assert load_file(out / "model.safetensors")["t"].tolist() == [0.5] * 3
 
 

@@ -50,8 +50,8 @@ def find_weights(folder: str, names: Sequence[str], text: Callable[[str], str]) 
     """
     names = sorted(names)
     inner, alone = _listed(folder, names, text)
-    found = [_weights(folder, name, _within(names, name), text) for name in inner]
-    return found if alone else [_weights(folder, "", _within(names, ""), text), *found]
+    found = [_weights(folder, name, names, text) for name in inner]
+    return found if alone else [_weights(folder, "", names, text), *found]
 
 
 def is_weights(name: str) -> bool:
@@ -126,8 +126,9 @@ def _read(folder: str, name: str, text: Callable[[str], str], kind: type) -> Any
     return content
 
 
-def _weights(folder: str, inner: str, names: list[str], text: Callable[[str], str]) -> Weights:
-    """The weights directly in a folder, or in a sub-folder of it."""
+def _weights(folder: str, inner: str, below: Sequence[str], text: Callable[[str], str]) -> Weights:
+    """The weights directly in a folder, or in a sub-folder of it; `below` are all names in the folder."""
+    names = _within(below, inner)
     indexes = [name for name in names if name.endswith(SAFE + INDEX)]
     safe = [name for name in names if name.endswith(SAFE)]
     pickles = [name for name in names if name.endswith(TORCH) and not name.startswith(_NOT_WEIGHTS)]
@@ -136,20 +137,22 @@ def _weights(folder: str, inner: str, names: list[str], text: Callable[[str], st
     candidates = safe or pickles
     if usual is None and "adapter_config.json" in names and candidates:
         raise CheckpointError(Problem(folder, "holds a LoRA adapter, not a model", "merge it into its model first"))
-    chosen = usual or (candidates[0] if len(candidates) == 1 and not indexes else None)
-    if chosen is not None and chosen.endswith(INDEX):
-        return indexed(folder, inner, chosen, names, text)
-    if chosen is not None:
-        return Weights(inner, _stem(inner, chosen), (inner + chosen,))
+    if usual is not None and usual.endswith(INDEX):
+        return indexed(folder, inner, usual, names, text)
+    if usual is not None:
+        return Weights(inner, _stem(inner, usual), (inner + usual,))
     place = f"{folder}/{inner}".rstrip("/")
-    shards = [] if indexes else _shards(place, candidates)
-    if not shards:
-        raise CheckpointError(_unclear(place, indexes + candidates))
-    return Weights(inner, _stem(inner, shards[0]), tuple(inner + shard for shard in shards))
+    chosen = [] if indexes else _shards(place, candidates) or (candidates if len(candidates) == 1 else [])
+    if not chosen:
+        raise CheckpointError(_unclear(place, indexes + candidates, below))
+    return Weights(inner, _stem(inner, chosen[0]), tuple(inner + name for name in chosen))
 
 
-def _unclear(folder: str, found: list[str]) -> Problem:
+def _unclear(folder: str, found: list[str], below: Sequence[str]) -> Problem:
     wrong = f"{len(found)} files of weights, none named model: {', '.join(found)}" if found else "no file of weights"
+    subs = list(dict.fromkeys(name.partition("/")[0] for name in below if "/" in name and is_weights(name)))
+    if not found and subs:
+        return Problem(folder, wrong, f"name the file itself, or the sub-folder: {', '.join(subs[:10])}")
     return Problem(folder, wrong, "name the file itself, e.g. FOLDER/model.safetensors")
 
 

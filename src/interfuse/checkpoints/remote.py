@@ -20,7 +20,7 @@ from interfuse.checkpoints.urls import is_url, url_store
 from interfuse.errors import CheckpointError, Problem
 
 #: What planning reads whole.
-_LISTS = ("config.json", "model_index.json", "modules.json", "adapter_config.json")
+_LISTS = ("config.json", "model_index.json", "modules.json", "adapter_config.json", "README.md")
 #: Bytes of a file that are asked for first: most headers fit.
 _FIRST = 2**16
 _AT_ONCE = 8

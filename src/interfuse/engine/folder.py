@@ -17,7 +17,7 @@ import numpy as np
 
 import interfuse
 from interfuse.checkpoints.config import changed, output_config
-from interfuse.checkpoints.folders import TORCH, is_weights, split
+from interfuse.checkpoints.folders import TORCH, inner_of, is_weights, split
 from interfuse.checkpoints.hashes import file_hashes, tensor_lines
 from interfuse.checkpoints.layers import find_layers
 from interfuse.checkpoints.numbers import FLOATS
@@ -27,6 +27,7 @@ from interfuse.checkpoints.source import Checkpoint, hash_of, open_folder
 from interfuse.checkpoints.tasks import FOLDER as TASKS
 from interfuse.checkpoints.tasks import TABLE
 from interfuse.checkpoints.tokenizer import decode, encode
+from interfuse.engine.card import write_merge_card
 from interfuse.engine.journal import Journal
 from interfuse.engine.local import execute
 from interfuse.engine.merging import Merging
@@ -90,6 +91,7 @@ def merge_into(
         "tensors": tensor_lines(written),
     }
     (folder / "interfuse.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_merge_card(folder, plan, sources, recipes)
     return record
 
 
@@ -143,7 +145,7 @@ def _copy_side_files(source: Path, folder: Path, merged: Sequence[str]) -> list[
     """Copy config, tokenizer, code, sub-folders and the like; what was left behind, weights in `merged` ones aside."""
     left_out: list[str] = []
     for item in sorted(source.iterdir()):
-        if item.name.startswith(".") or item.name in _ITS_OWN or (folder / item.name).is_file():
+        if item.name.startswith((".", "__pycache__")) or item.name in _ITS_OWN or (folder / item.name).is_file():
             continue
         if item.name == TASKS and (item / TABLE).is_file():  # masks of another trunk
             continue
@@ -185,22 +187,40 @@ def files_beside(plan: Plan, sources: Sequence[Checkpoint]) -> tuple[dict[str, b
     """
     wording, lead = plan.wording, sources[plan.lead]
     files = {**lead.beside, **(wording.files if wording else {})}
-    configs = [config_of(source) for source in sources]
-    config, notes = configs[plan.lead], list[str]()
-    if config is not None:
-        stored = list(dict.fromkeys(output.spec.dtype for output in plan.outputs if output.how == "merge"))
-        dtype = next((name for name, kind in FLOATS.items() if [kind] == stored), None)
-        before = {stack.head: stack.count for stack in find_layers(lead.specs).stacks}
-        layers = {h: picks for h, picks in plan.layers if before.get(h, len(picks)) != len(picks) or _moved(picks, plan)}
-        rows = wording.rows if wording else None
-        made, notes = output_config(configs, plan.lead, layers, before, vocabulary=rows, dtype=dtype)
-        made = changed(made, wording.changes.get("config.json", {})) if wording else made
-        files |= {"config.json": encode(made)} if made != config else {}
+    notes: list[str] = []
+    for inner in dict.fromkeys(["", *lead.stems]):
+        made, said = _config(plan, sources, inner)
+        files |= made
+        notes += [f"{inner}{note}" if inner else note for note in said]
     other = "generation_config.json"
     if wording and other in wording.changes and lead.folder is not None:
         home = {other: lead.beside.get(other) or (lead.folder / other).read_bytes()}
         files[other] = encode(changed(decode(home, other, lead.name), wording.changes[other]))
     return files, notes
+
+
+def _config(plan: Plan, sources: Sequence[Checkpoint], inner: str) -> tuple[dict[str, bytes | None], list[str]]:
+    """The config of the output, or of the part of it in a sub-folder, if it isn't the lead's; and what is to be noted."""
+    wording, lead = plan.wording, sources[plan.lead]
+    configs = [config_of(source, inner) for source in sources]
+    config = configs[plan.lead]
+    if config is None:
+        return {}, []
+    mine = [output for output in plan.outputs if inner_of(output.name, lead.stems) == inner and output.how == "merge"]
+    stored = list(dict.fromkeys(output.spec.dtype for output in mine))
+    dtype = next((name for name, kind in FLOATS.items() if [kind] == stored), None)
+    dtype = None if "_class_name" in config else dtype  # diffusers' configs say no type
+    stacks = {stack.head: stack.count for stack in find_layers(lead.specs).stacks}
+    before = {head.removeprefix(inner): n for head, n in stacks.items() if inner_of(head, lead.stems) == inner}
+    layers = {
+        head.removeprefix(inner): picks
+        for head, picks in plan.layers
+        if inner_of(head, lead.stems) == inner and (stacks.get(head, len(picks)) != len(picks) or _moved(picks, plan))
+    }
+    rows = wording.rows if wording and not inner else None
+    made, notes = output_config(configs, plan.lead, layers, before, vocabulary=rows, dtype=dtype)
+    made = changed(made, wording.changes.get(f"{inner}config.json", {})) if wording else made
+    return {f"{inner}config.json": encode(made)} if made != config else {}, notes
 
 
 def _put(folder: Path, files: Mapping[str, bytes | None]) -> None:

@@ -17,6 +17,7 @@ from interfuse.checkpoints.numbers import widen
 from interfuse.checkpoints.places import Resident
 from interfuse.checkpoints.source import Checkpoint
 from interfuse.checkpoints.writer import check_output, whole_folder
+from interfuse.engine.card import Made, write_card
 from interfuse.engine.folder import merge_into
 from interfuse.engine.opening import fetch, open_references
 from interfuse.errors import OptionError, Problem
@@ -144,7 +145,7 @@ def make_into(
     _write_json(folder / "interfuse.json", record)
     text = yaml.safe_dump(written | {"seed": recipe.seed}, sort_keys=False, allow_unicode=True)
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    (folder / "README.md").write_text(_card(mixture, text), encoding="utf-8")
+    _write_card(folder, mixture, text, sources)
     return record
 
 
@@ -204,15 +205,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _card(mixture: MixturePlan, recipe: str) -> str:
-    experts = mixture.models[1 : 1 + mixture.experts]
-    made = [f"- base: `{mixture.models[0]}`", *(f"- expert {i}: `{name}`" for i, name in enumerate(experts))]
-    made += [f"- shared expert: `{name}`" for name in mixture.models[1 + mixture.experts :]]
-    parts = [
-        "---\nlibrary_name: transformers\ntags: [moe, model-fusion]\n---",
-        f"# {mixture.layout.architecture} of {mixture.experts} experts",
-        "\n".join(["Made from:", "", *made]),
-        f"## Recipe\n\n```yaml\n{recipe}```",
-        f"## Sources\n\n- {mixture.layout.paper}",
-    ]
-    return "\n\n".join(parts) + "\n"
+def _write_card(folder: Path, mixture: MixturePlan, recipe: str, sources: Sequence[Checkpoint]) -> None:
+    roles = ["base", *(f"expert {i}" for i in range(mixture.experts)), "shared expert"]
+    made = [Made(role, source.name, source.folder) for role, source in zip(roles, sources, strict=False)]
+    title = f"{mixture.layout.architecture} of {mixture.experts} experts"
+    write_card(folder, title, made, recipe, papers=[mixture.layout.paper], tags=["moe"])

@@ -17,6 +17,8 @@ from typing import Any
 import yaml
 
 from interfuse import __version__
+from interfuse.engine.card import NAME as CARD
+from interfuse.engine.card import Made, Use, add_quality, listed, write_card
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import names_of
 from interfuse.report.plan import text
@@ -71,7 +73,7 @@ class RunRecord:
 
     def title(self) -> str:
         """`attention fusion of cnn and vit`."""
-        names = " and ".join(filter(None, [", ".join(self.models[:-1]), *self.models[-1:]]))
+        names = listed(self.models)
         what = {"fusion": f"{self.method} fusion of ", "merge": f"{self.method} merge of ", "ensemble": "ensemble of "}
         return what.get(self.form, "") + names
 
@@ -113,7 +115,7 @@ def write(folder: Path, chain: Sequence[Recipe], record: RunRecord, kind: str) -
     about["run"] = {key: value for key, value in record.to_dict().items() if key not in ("out", "plan", "here")}
     path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / RECIPE).write_text(as_yaml(chain), encoding="utf-8")
-    (folder / "README.md").write_text(_card(chain, record, about["kind"]), encoding="utf-8")
+    _write_card(folder, chain, record, about["kind"])
 
 
 def as_yaml(chain: Sequence[Recipe]) -> str:
@@ -128,24 +130,16 @@ model = itf.load_run("this-folder")  # trust_code=True where the recipe names co
 _USE_ADAPTER = 'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "this-folder")'
 
 
-def _card(chain: Sequence[Recipe], record: RunRecord, kind: str) -> str:
+def _write_card(folder: Path, chain: Sequence[Recipe], record: RunRecord, kind: str) -> None:
     recipe = chain[-1]
+    if kind == "merge" and (folder / CARD).is_file():  # the merge wrote it
+        add_quality(folder, record.scores())
+        return
     entries = zip(names_of(recipe), recipe.models, strict=False)
-    models = [f"- {name}: `{e.model}`" + (f" with `{e.weights}`" if e.weights else "") for name, e in entries]
-    models += [f"- base: `{recipe.base_model}`"] if recipe.base_model else []
-    parts = [
-        "---\nlibrary_name: interfuse\ntags: [model-fusion]\n---",
-        f"# {record.title()[:1].upper()}{record.title()[1:]}",
-        "\n".join(["Made from:", "", *models]),
-    ]
-    if record.scores():
-        parts.append("\n".join(["## Quality", "", *(f"- {line}" for line in record.scores())]))
-    parts.append(f"## Recipe\n\n```yaml\n{as_yaml(chain)}```")
-    use = _USE_ADAPTER if kind == "adapter merge" else _USE
-    parts.append(f"## Use\n\n```python\n{use}\n```")
-    if record.papers:
-        parts.append("\n".join(["## Sources", "", *(f"- {paper}" for paper in record.papers)]))
-    return "\n\n".join(parts) + "\n"
+    made = [Made(name, e.model + (f" with {e.weights}" if e.weights else "")) for name, e in entries]
+    made += [Made("base", recipe.base_model)] if recipe.base_model else []
+    use = Use("peft", _USE_ADAPTER) if kind == "adapter merge" else Use("interfuse", _USE)
+    write_card(folder, record.title(), made, as_yaml(chain), use=use, papers=record.papers, quality=record.scores())
 
 
 def versions() -> dict[str, str]:
