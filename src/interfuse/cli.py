@@ -75,8 +75,9 @@ def run(
 ) -> None:
     """Run a recipe: merge, fuse, train and evaluate; write the result to a folder."""
     from interfuse.pipeline import run as run_recipe
+    from interfuse.plan import uncollected
 
-    with _clean(as_json):
+    with _clean(as_json), uncollected() if dry_run else nullcontext():
         record = run_recipe(
             recipe,
             out,

@@ -185,6 +185,11 @@ def assembled(name: str, found: Sequence[Weights], open_file: Callable[[str], Ch
     places: dict[str, Place] = {}
     for weights in found:
         files = {file: open_file(file) for file in weights.files}
+        if len(files) == 1 and weights.where is None and not weights.inner:  # all of it, as it is
+            (only,) = files.values()
+            specs |= only.specs
+            places |= only.places
+            continue
         for tensor, file in _where(weights, files).items():
             specs[weights.inner + tensor] = files[file].specs[tensor]
             places[weights.inner + tensor] = files[file].places[tensor]

@@ -19,7 +19,7 @@ def template(name: str) -> tuple[str, Numbers]:
     """
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
-    if not numbers:
+    if not numbers or "{}" in name:
         return name, ()
     found = tuple([int(parts[i]) for i in numbers])
     for i in numbers:
@@ -27,16 +27,16 @@ def template(name: str) -> tuple[str, Numbers]:
     return ".".join(parts), found
 
 
-def filled(name: str, numbers: Iterable[Numbers]) -> str:
+def filled(name: str, numbers: Sequence[Numbers]) -> str:
     """A template with what its numbers run through: `{0-21}`, or a number that is the same in all.
 
     >>> filled("h.{}.w.{}", [(0, 2), (1, 2), (2, 2), (5, 2)])
     'h.{0-2,5}.w.2'
     """
-    parts = name.split("{}")
-    columns = zip(*numbers, strict=True) if len(parts) > 1 else ()
-    text = parts[0]
-    for column, part in zip(columns, parts[1:], strict=True):
+    if not numbers[0]:
+        return name
+    text, *parts = name.split("{}")
+    for column, part in zip(zip(*numbers, strict=True), parts, strict=True):
         shown = spans(column)
         text += (shown if shown.isdecimal() else f"{{{shown}}}") + part
     return text
