@@ -178,8 +178,8 @@ def drawn(index: int, key: np.ndarray) -> np.float32:
         x = x * 0xD35A2D97 % 2**32
         return x ^ (x >> 15)
 
-    high = mix(((index >> 32) + int(key[0])) % 2**32)
-    return np.float32(mix((mix((index % 2**32) ^ high) + int(key[1])) % 2**32) >> 8) * np.float32(2**-24)
+    by = mix((mix(((index >> 32) + int(key[0])) % 2**32) + int(key[1])) % 2**32)
+    return np.float32(mix((index % 2**32) ^ by) >> 8) * np.float32(2**-24)
 
 
 @settings(deadline=None, max_examples=60)

@@ -121,10 +121,10 @@ class Merging:
             self.nonfinite[problem] = self.nonfinite.get(problem, 0) + bad
 
 
-def reader_of(output: Output, call: Call, merging: Merging) -> Reader:
-    """The reader of a method that sees deltas from the base."""
+def reader_of(output: Output, call: Call, merging: Merging, *, again: bool = False) -> Reader:
+    """The reader of a method that sees deltas from the base; `again` if its kernels go over them more than once."""
     base = output.base if find(call.method, "weights").sees_base else None
-    return Reader(output, merging.sources, output.inputs, base)
+    return Reader(output, merging.sources, output.inputs, base, again=again)
 
 
 def _stored(
@@ -142,7 +142,7 @@ def _stored(
         )  # fmt: skip
         hashes: np.ndarray = np.zeros((j - i, 1, 2), np.uint64)
         ends: np.ndarray = np.array([start for start, _ in parts[i:j]] + [parts[j - 1][1]], np.int64)
-        if hash_stream(stream, ends, hashes):
+        if hash_stream(stream, ends, hashes, True):
             return [b""] * (j - i)
         found = [bytes_of(words) for words in hashes]
         for b, (start, stop) in enumerate(parts[i:j]):

@@ -77,7 +77,7 @@ def _gram(output: Output, method: Method, merging: Merging) -> Any:
     """The inner products of the models, or of their deltas, in float64; the same whatever the threads."""
     deltas = method.of == "deltas"
     inputs = output.inputs if deltas else output.reads
-    reader = Reader(output, merging.sources, inputs, output.base if deltas else None)
+    reader = Reader(output, merging.sources, inputs, output.base if deltas else None, again=True)
 
     parts: np.ndarray = np.zeros((len(reader.ranges), reader.models, reader.models))
 
@@ -95,11 +95,11 @@ def _sum(output: Output, combination: Combination, merging: Merging) -> Job:
         shares.insert(0, (output.base, combination.base))
     # The anchor is the input with the largest share, so that a merge at or near one model is exact about that model.
     terms = sorted((term for term in shares if term[1] != 0), key=lambda term: -abs(term[1]))
-    reader = Reader(output, merging.sources, [read for read, _ in terms], None)
+    known = all((read.source, read.name) in merging.read for read, _ in terms)  # from a pass for sums
+    reader = Reader(output, merging.sources, [read for read, _ in terms], None, again=known, hashed=known)
     coefficients = np.array([0, *(share for _, share in terms)], reader.wide)
     # Where there is no base it is 0, and its share is no part of the sum.
     total = reader.wide(combination.total - (0 if output.base is not None else combination.base))
-    unknown = any((read.source, read.name) not in merging.read for read, _ in terms)  # what a pass for sums has hashed
     specs = [spec.dtype for spec in reader.specs]
 
     def repair(out: np.ndarray, raws: Sequence[np.ndarray]) -> int:
@@ -107,12 +107,11 @@ def _sum(output: Output, combination: Combination, merging: Merging) -> Job:
 
     def task(i: int, j: int, scratch: Scratch) -> None:
         merging.compute(
-            output, reader, (i, j), scratch, kernels.sum_blocks, unknown, coefficients, total, repair=repair
+            output, reader, (i, j), scratch, kernels.sum_blocks, coefficients, total, repair=repair
         )  # fmt: skip
 
     yield Phase(task, reader.runs)
-    if unknown:
-        yield from noted(reader, merging)
+    yield from noted(reader, merging)
 
 
 def _directly(

@@ -10,7 +10,7 @@ import numpy as np
 from interfuse.checkpoints.numbers import nonfinite
 from interfuse.checkpoints.places import Stored
 from interfuse.checkpoints.source import BLOCK, Checkpoint, TensorSpec, hash_block, hash_blocks, spans
-from interfuse.engine.kernels import IN_MEMORY, KINDS, LANES, NOTHING, SHORT, ZERO, Stream
+from interfuse.engine.kernels import IN_MEMORY, KINDS, LANES, MAPPED, NOTHING, SHORT, ZERO, Stream
 from interfuse.engine.scheduler import Scratch
 from interfuse.errors import CheckpointError, Problem
 from interfuse.plan import Input, Output
@@ -23,11 +23,15 @@ class Reader:
     """The base (or nothing) and the models' tensors that one output is made of.
 
     `wide` is the type of its arithmetic, `kinds` the stored types, the base's first, `ranges` its blocks, and `runs` which
-    of them a kernel goes through in one call. A class, for blocks are asked for by many tasks, and their hashes kept.
+    of them a kernel goes through in one call. What is read `again` is mapped, which costs more than to read it once and
+    less than twice; whose hashes are known needs none. A class, for blocks are asked for by many tasks, and hashes kept.
     """
 
-    def __init__(self, output: Output, sources: Sequence[Checkpoint], inputs: Sequence[Input], base: Input | None):
-        self.models = len(inputs)
+    def __init__(
+        self, output: Output, sources: Sequence[Checkpoint], inputs: Sequence[Input], base: Input | None, *,
+        again: bool = False, hashed: bool = False,
+    ):  # fmt: skip
+        self.models, self._again = len(inputs), again
         self._reads = [(sources[read.source], read.name) for read in ([base] if base else []) + list(inputs)]
         self._keys = [(read.source, read.name) for read in ([base] if base else []) + list(inputs)]
         self.specs: list[TensorSpec] = [checkpoint.specs[name] for checkpoint, name in self._reads]
@@ -42,7 +46,8 @@ class Reader:
         self._starts = {start: i for i, (start, _) in enumerate(self.ranges)}
         self.ends: np.ndarray = np.array([*self._starts, self.count], np.int64)
         self._hashes: np.ndarray = np.zeros((len(self.ranges), len(self.kinds), 2), np.uint64)
-        self._hashed: np.ndarray = np.zeros(len(self.ranges), np.bool_)
+        self._hashed: np.ndarray = np.full(len(self.ranges), hashed)
+        self._known = hashed
         self._streams: dict[int, Stream] = {}
 
     def block(self, start: int, stop: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -57,10 +62,13 @@ class Reader:
         if known is not None:
             return known, []
         rows = [] if self.based else [(NOTHING, 0, 0, 0)]
-        kept = []
+        kept, mapped = [], False
         for i, ((checkpoint, name), spec) in enumerate(zip(self._reads, self.specs, strict=True)):
             place, size = checkpoint.places[name], spec.storage.itemsize
-            if isinstance(place, Stored):
+            if isinstance(place, Stored) and self._again:
+                rows.append((MAPPED, 0, size, address_of(place.file.view(place.offset, spec.nbytes)) + start * size))
+                mapped = True
+            elif isinstance(place, Stored):
                 room = scratch.buffer(f"read {i}", np.uint8, min(BLOCK, self.count) * size)
                 rows.append((place.file.handle(), place.offset, size, address_of(room)))
             else:
@@ -72,14 +80,15 @@ class Reader:
             np.array(handles, np.int32), np.array(offsets, np.int64), np.array(sizes, np.int64),
             np.array(addresses, np.uint64), self.kinds, room,
         )  # fmt: skip
-        if not kept:
+        if not kept and not mapped:
             self._streams[id(scratch)] = stream
         return stream, kept
 
     def run(self, kernel: Callable[..., int], i: int, j: int, scratch: Scratch, *rest: Any) -> None:
         """Run a kernel through blocks `i` to `j`."""
         stream, _kept = self.stream(*self.span(i, j), scratch)
-        self.refuse(kernel(stream, self.ends[i : j + 1], self._hashes[i:j], *rest))
+        hashing = not self._hashed[i:j].all()
+        self.refuse(kernel(stream, self.ends[i : j + 1], self._hashes[i:j], hashing, *rest))
         self._hashed[i:j] = True
 
     def span(self, i: int, j: int) -> tuple[int, int]:
@@ -109,8 +118,10 @@ class Reader:
         return [(int(i), int(i) + 1) for i in np.flatnonzero(~self._hashed)] if self._reads else []
 
     def hashes(self) -> dict[tuple[int, str], bytes]:
-        """The inputs' hashes, by source and tensor, once those of all blocks are noted."""
-        found = {}
+        """The inputs' hashes, by source and tensor, once those of all blocks are noted; none if they were known."""
+        found: dict[tuple[int, str], bytes] = {}
+        if self._known:
+            return found
         for k, (key, (checkpoint, name), spec) in enumerate(zip(self._keys, self._reads, self.specs, strict=True)):
             mine = self._hashes[:, k + (not self.based)]
             for i in np.flatnonzero(np.diff(self.ends) * spec.storage.itemsize <= SHORT):

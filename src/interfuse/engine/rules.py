@@ -18,13 +18,16 @@ from interfuse.engine.scheduler import Job, Phase, Scratch
 from interfuse.methods.forms import Rule, Trim
 from interfuse.plan import Call, Output
 
+_FEW = 8  # models up to which kernels have their loops over models unrolled
 _HOW = {"all": ALL, "largest": BAND, "random": RANDOM, "variance": SHARED}
 
 
 def job(output: Output, call: Call, merging: Merging) -> Job:
     """The job of an output whose method is a rule."""
-    rule, reader = call.made, reader_of(output, call, merging)
+    rule = call.made
     assert isinstance(rule, Rule)
+    again = rule.energy or rule.trim.rescale == "l1" or rule.trim.how in ("largest", "variance")
+    reader = reader_of(output, call, merging, again=again)
     keys = keys_of(merging.seed, output.name, reader.models)
     if rule.trim.how == "ranked":
         yield from _ranked(output, rule, reader, keys, merging)
@@ -32,7 +35,7 @@ def job(output: Output, call: Call, merging: Merging) -> Job:
     trimming_ = yield from _trimming(rule.trim, reader, keys, merging.cuts.get(output.name))
     norms = None
     if rule.energy or rule.trim.rescale == "l1":
-        norms = yield from _norms(reader, trimming_)
+        norms = yield from _norms(reader, trimming_, sizes=not rule.energy)
     voting = _voting(rule, reader, norms)
 
     def task(i: int, j: int, scratch: Scratch) -> None:
@@ -85,11 +88,11 @@ def _trimming(
     return Trimming(how, cuts_array, ends, keys, chances)
 
 
-def _norms(reader: Reader, trimming_: Trimming) -> Generator[Phase, list[Any], np.ndarray]:
+def _norms(reader: Reader, trimming_: Trimming, *, sizes: bool) -> Generator[Phase, list[Any], np.ndarray]:
     parts: np.ndarray = np.zeros((len(reader.ranges), reader.models, 3))
 
     def task(i: int, j: int, scratch: Scratch) -> None:
-        reader.run(kernels.norms_blocks, i, j, scratch, trimming_, parts[i:j], scratch.work(reader.wide, reader.models))
+        reader.run(kernels.norms_blocks, i, j, scratch, trimming_, sizes, parts[i:j], scratch.work(reader.wide, reader.models))
 
     yield Phase(task, reader.runs)
     return parts.sum(0)
@@ -110,10 +113,12 @@ def _voting(rule: Rule, reader: Reader, norms: np.ndarray | None) -> Voting:
         votes, weights = np.ones(reader.models), weights * shares
         factors = np.ones(reader.models)
     wide = reader.wide
-    scales = weights * factors
-    return Voting(
-        rule.elect, rule.mean, votes.astype(wide), scales.astype(wide), weights.astype(wide), wide(rule.scale)
-    )  # fmt: skip
+
+    def given(numbers: np.ndarray) -> Any:
+        numbers = numbers.astype(wide)
+        return tuple(numbers) if reader.models <= _FEW else numbers
+
+    return Voting(rule.elect, rule.mean, given(votes), given(weights * factors), given(weights), wide(rule.scale))
 
 
 class _Ranks:

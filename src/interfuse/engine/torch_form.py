@@ -247,8 +247,8 @@ def chances_drawn(count: int, key: np.ndarray, device: Any, start: int = 0) -> T
     import torch
 
     index = torch.arange(start, start + count, dtype=torch.int64, device=device)
-    high = _mix(((index >> 32) + int(key[0])) & _MASK)
-    drawn = _mix((_mix((index & _MASK) ^ high) + int(key[1])) & _MASK)
+    by = _mix((_mix(((index >> 32) + int(key[0])) & _MASK) + int(key[1])) & _MASK)
+    drawn = _mix((index & _MASK) ^ by)
     return (drawn >> 8).to(torch.float32) * _SCALE
 
 

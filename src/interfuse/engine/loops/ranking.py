@@ -14,7 +14,7 @@ from interfuse.engine.kernels import CHUNK, ROW_BUCKETS
 from interfuse.engine.loops.decorators import compiled
 from interfuse.engine.loops.numbers import as_bits, below, store
 from interfuse.engine.loops.streams import hash_result, place_of, take
-from interfuse.engine.loops.trimming import deltas_of, mix, size_of, squares_of, vote_of
+from interfuse.engine.loops.trimming import before_wrap, deltas_of, drawn_by, mix, size_of, squares_of, vote_of
 
 _0 = np.float32(0)
 
@@ -22,10 +22,9 @@ _0 = np.float32(0)
 @compiled
 def _ranked(values, chances, key, other, first, divide, n):  # type: ignore[no-untyped-def]
     """Keep each entry with its own probability; kept ones over it, if `divide`."""
-    high = mix(np.uint32(np.uint32(np.uint64(first) >> np.uint64(32)) + key))
-    low = np.uint32(first)
+    by, low = drawn_by(key, other, first), np.uint32(first)
     for i in range(n):
-        drawn = mix(np.uint32(mix(np.uint32(np.uint32(low + np.uint32(i)) ^ high)) + other))
+        drawn = mix(np.uint32(np.uint32(low + np.uint32(i)) ^ by))
         kept = np.float32(np.int32(drawn >> np.uint32(8))) * np.float32(2**-24) < chances[i]
         values[i] = values[i] if kept else _0
     if divide:
@@ -120,17 +119,22 @@ def _kept(addresses, kinds, start, n, first, ranking, work):  # type: ignore[no-
     finite = deltas_of(addresses, kinds, start, n, work)
     for k in range(models):
         _look_up(work[k], ranking.table[k], ranking.lowest[k], work[models + 1], n)
-        _ranked(work[k], work[models + 1], ranking.keys[k, 0], ranking.keys[k, 1], first + start, ranking.divide, n)
+        cut = before_wrap(first + start, n)
+        chances = work[models + 1]
+        _ranked(work[k], chances, ranking.keys[k, 0], ranking.keys[k, 1], first + start, ranking.divide, cut)
+        if cut < n:
+            after = first + start + cut
+            _ranked(work[k, cut:], chances[cut:], ranking.keys[k, 0], ranking.keys[k, 1], after, ranking.divide, n - cut)
     return finite
 
 
 @compiled
-def merge_ranked(stream, ends, hashes, ranking, voting, target, limit, work):  # type: ignore[no-untyped-def]
+def merge_ranked(stream, ends, hashes, hashing, ranking, voting, target, limit, work):  # type: ignore[no-untyped-def]
     """Trim, elect and scale blocks, which end where the next begins. 0, or what `take` couldn't read."""
     models = len(stream.kinds) - 1
     for b in range(len(ends) - 1):
         n = ends[b + 1] - ends[b]
-        failed = take(stream, ends[0], ends[b], n, hashes[b], True)
+        failed = take(stream, ends[0], ends[b], n, hashes[b], hashing)
         if failed:
             return failed
         place, finite = place_of(target, ends[b] - ends[0]), True
@@ -140,7 +144,7 @@ def merge_ranked(stream, ends, hashes, ranking, voting, target, limit, work):  #
             for start in range(row, row + length, CHUNK):
                 m = min(CHUNK, row + length - start)
                 finite &= _kept(stream.room, stream.kinds, start, m, ends[b], ranking, work)
-                vote_of(voting.elect, voting.mean, voting.votes, voting.scales, voting.weights, voting.factor, models, m, work)
+                vote_of(voting, models, m, work)
                 finite &= below(work[models + 1], limit, m)
                 store(work[models + 1], place, target.kind, start, m)
         target.finite[b] = finite
@@ -149,12 +153,12 @@ def merge_ranked(stream, ends, hashes, ranking, voting, target, limit, work):  #
 
 
 @compiled
-def norms_ranked(stream, ends, hashes, ranking, out, work):  # type: ignore[no-untyped-def]
+def norms_ranked(stream, ends, hashes, hashing, ranking, out, work):  # type: ignore[no-untyped-def]
     """Into `out`, float64 `[blocks, M, 3]`, each delta's L1 norm, and its L1 norm and sum of squares once trimmed."""
     models = len(stream.kinds) - 1
     for b in range(len(ends) - 1):
         n = ends[b + 1] - ends[b]
-        failed = take(stream, ends[0], ends[b], n, hashes[b], True)
+        failed = take(stream, ends[0], ends[b], n, hashes[b], hashing)
         if failed:
             return failed
         out[b] = 0

@@ -16,7 +16,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from interfuse.engine.kernels import NOTHING, SHORT
+from interfuse.engine.kernels import MAPPED, NOTHING, SHORT
 from interfuse.engine.loops.decorators import compiled
 
 _SECRET = bytes.fromhex(
@@ -41,6 +41,9 @@ _MIX = np.uint64(0x165667919E3779F9)
 
 
 pread = types.ExternalFunction("pread", types.int64(types.int32, types.uint64, types.uint64, types.int64))
+madvise = types.ExternalFunction("madvise", types.int32(types.uint64, types.uint64, types.int32))
+_POPULATE_READ = 22  # Linux 5.14: map all pages at once, not one fault after the other; elsewhere an error without effect
+_PAGE = np.uint64(4096)
 
 
 def _stripe(builder: Any, lanes: Any, data: Any, key: Any) -> Any:
@@ -135,7 +138,8 @@ def xxh3(address, nbytes, out, lanes):  # type: ignore[no-untyped-def]
 def take(stream, begin, start, n, hashes, hashing):  # type: ignore[no-untyped-def]
     """Read a block of `n` elements from `start` on, in a run that begins at `begin`: where they are is in `stream.room`.
 
-    `hashes` `[inputs, 2]` gets the hashes if `hashing`. 0, or one more than the number of the first input that can't be read.
+    `hashes` `[inputs, 2]` gets the hashes if `hashing`, which is when the block is read first. 0, or one more
+    than the number of the first input that can't be read.
     """
     inputs = len(stream.handles)
     for k in range(inputs):
@@ -148,6 +152,9 @@ def take(stream, begin, start, n, hashes, hashing):  # type: ignore[no-untyped-d
                 return k + 1
         else:
             address = np.uint64(address + np.uint64((start - begin) * size))
+            if handle == MAPPED and hashing:
+                before = np.uint64(address % _PAGE)
+                madvise(np.uint64(address - before), np.uint64(np.uint64(n * size) + before), _POPULATE_READ)
         stream.room[k] = address
         if hashing and n * size > SHORT:
             xxh3(address, n * size, hashes[k], stream.room[inputs:])
@@ -155,10 +162,10 @@ def take(stream, begin, start, n, hashes, hashing):  # type: ignore[no-untyped-d
 
 
 @compiled
-def hash_stream(stream, ends, hashes):  # type: ignore[no-untyped-def]
+def hash_stream(stream, ends, hashes, hashing):  # type: ignore[no-untyped-def]
     """The hashes `[blocks, inputs, 2]` of the blocks that end where the next begins; 0, or what couldn't be read."""
     for b in range(len(ends) - 1):
-        failed = take(stream, ends[0], ends[b], ends[b + 1] - ends[b], hashes[b], True)
+        failed = take(stream, ends[0], ends[b], ends[b + 1] - ends[b], hashes[b], hashing)
         if failed:
             return failed
     return 0

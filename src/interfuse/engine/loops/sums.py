@@ -84,11 +84,11 @@ def sum_blocks(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def gram_blocks(stream, ends, hashes, out, work):  # type: ignore[no-untyped-def]
+def gram_blocks(stream, ends, hashes, hashing, out, work):  # type: ignore[no-untyped-def]
     """Into `out`, float64 `[blocks, M, M]`, the inner products of the M inputs after the first, each less the first."""
     for b in range(len(ends) - 1):
         n = ends[b + 1] - ends[b]
-        failed = take(stream, ends[0], ends[b], n, hashes[b], True)
+        failed = take(stream, ends[0], ends[b], n, hashes[b], hashing)
         if failed:
             return failed
         out[b] = 0
