@@ -52,7 +52,7 @@ def sample_runs(stream, count, shared, hashes, out, work):  # type: ignore[no-un
 
 
 @compiled
-def count_blocks(stream, ends, hashes, shared, model, brackets, inside, held, found, work):  # type: ignore[no-untyped-def]
+def count_blocks(stream, ends, hashes, hashing, shared, model, brackets, inside, held, found, work):  # type: ignore[no-untyped-def]
     """How the magnitudes of blocks stand to a bracket each: `model[c]` says whose, `brackets[c]` is low and high.
 
     `found` `[blocks, C, 4]` becomes how many are above high, at high, at low, and between: the last are put into `inside[c]`
@@ -61,7 +61,7 @@ def count_blocks(stream, ends, hashes, shared, model, brackets, inside, held, fo
     """
     for b in range(len(ends) - 1):
         n = ends[b + 1] - ends[b]
-        failed = take(stream, ends[0], ends[b], n, hashes[b], True)
+        failed = take(stream, ends[0], ends[b], n, hashes[b], hashing)
         if failed:
             return failed
         found[b] = 0
