@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from interfuse.engine.kernels import CHUNK
+from interfuse.engine.kernels import CHUNK, MAPPED
 from interfuse.engine.loops.decorators import compiled
 from interfuse.engine.loops.numbers import bits_of
-from interfuse.engine.loops.streams import take
+from interfuse.engine.loops.streams import populate, take
 from interfuse.engine.loops.trimming import deltas_of, variance_of
 
 _SCAN = 64
@@ -40,6 +40,9 @@ def sample_runs(stream, count, shared, hashes, out, work):  # type: ignore[no-un
     """Runs of neighbouring scores, evenly spread over `count` elements, into `out` `[channels, runs, length]`."""
     channels, runs, length = out.shape
     stride = count // runs
+    for k in range(len(stream.handles)):
+        if stream.handles[k] == MAPPED:
+            populate(stream.addresses[k], count * stream.sizes[k])
     for run in range(runs):
         failed = take(stream, 0, run * stride, length, hashes, False)
         if failed:
@@ -85,14 +88,19 @@ def count_blocks(stream, ends, hashes, hashing, shared, model, brackets, inside,
 def _compare(scores, low, high, n):  # type: ignore[no-untyped-def]
     """How many are above, at high, at low, between. Counted in 32 bits: so many lanes does a vector have."""
     above, top, bottom, under = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
+    if low == high:
+        for i in range(n):
+            above = np.uint32(above + np.uint32(abs(scores[i]) > high))
+            top = np.uint32(top + np.uint32(abs(scores[i]) == high))
+        return np.int64(above), np.int64(top), np.int64(0), np.int64(0)
     for i in range(n):
         score = abs(scores[i])
         above = np.uint32(above + np.uint32(score > high))
         top = np.uint32(top + np.uint32(score == high))
         bottom = np.uint32(bottom + np.uint32(score == low))
         under = np.uint32(under + np.uint32(score < low))
-    low_ones = np.int64(0) if low == high else np.int64(bottom)
-    return np.int64(above), np.int64(top), low_ones, n - np.int64(above) - np.int64(top) - low_ones - np.int64(under)
+    between = n - np.int64(above) - np.int64(top) - np.int64(bottom) - np.int64(under)
+    return np.int64(above), np.int64(top), np.int64(bottom), between
 
 
 @compiled

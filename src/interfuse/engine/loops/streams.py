@@ -135,6 +135,13 @@ def xxh3(address, nbytes, out, lanes):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def populate(address, nbytes):  # type: ignore[no-untyped-def]
+    """Have the pages of a mapped file mapped that hold these bytes."""
+    before = np.uint64(address % _PAGE)
+    madvise(np.uint64(address - before), np.uint64(np.uint64(nbytes) + before), _POPULATE_READ)
+
+
+@compiled
 def take(stream, begin, start, n, hashes, hashing):  # type: ignore[no-untyped-def]
     """Read a block of `n` elements from `start` on, in a run that begins at `begin`: where they are is in `stream.room`.
 
@@ -153,8 +160,7 @@ def take(stream, begin, start, n, hashes, hashing):  # type: ignore[no-untyped-d
         else:
             address = np.uint64(address + np.uint64((start - begin) * size))
             if handle == MAPPED and hashing:
-                before = np.uint64(address % _PAGE)
-                madvise(np.uint64(address - before), np.uint64(np.uint64(n * size) + before), _POPULATE_READ)
+                populate(address, n * size)
         stream.room[k] = address
         if hashing and n * size > SHORT:
             xxh3(address, n * size, hashes[k], stream.room[inputs:])
