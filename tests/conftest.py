@@ -22,3 +22,15 @@ def _alone(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     (cache / "interfuse" / "kernels").symlink_to(kernels)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def proofs() -> None:
+    """Outputs that changed their names, shapes or config are loaded by transformers, which takes seconds to import."""
+
+
+@pytest.fixture(autouse=True)
+def _without_proofs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare other tests those seconds."""
+    if "proofs" not in request.fixturenames:
+        monkeypatch.setattr("interfuse.engine.proof.available", lambda: False)

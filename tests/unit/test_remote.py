@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
 from interfuse.checkpoints.source import open_checkpoint
+from interfuse.checkpoints.urls import cache_folder
 from interfuse.engine.merge import merge
 from interfuse.engine.opening import open_references
 from interfuse.errors import CheckpointError
@@ -138,7 +139,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.chdir(tmp_path)
     yield server
     server.shutdown()
@@ -287,7 +288,7 @@ def test_folders_behind_a_web_server(served: Server, ranges: bool, listing: bool
     whole = sum(p.stat().st_size for f in folders for p in f.glob("*.safetensors"))
     if ranges:  # else as much goes out as the sockets' buffers hold until the client hangs up
         assert served.sent(".safetensors") < whole / 10
-    assert not list(Path("cache").rglob("*.safetensors"))
+    assert not list(cache_folder().rglob("*.safetensors"))
     served.asked.clear()
     run(recipe(*urls), "out", progress=False)
     assert whole <= served.sent(".safetensors") < whole * 2
@@ -308,10 +309,9 @@ def test_a_model_that_changes_behind_its_url_is_fetched_again(served: Server) ->
     assert not Path("out/config.json").exists()  # a file comes without its neighbours
 
 
-def test_any_file_system_that_fsspec_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_file_system_that_fsspec_has(tmp_path: Path) -> None:
     import fsspec
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     memory = fsspec.filesystem("memory")
     folders = [write_model(tmp_path / name, i) for i, name in enumerate("ab")]
     memory.put(str(folders[0]), "/models/a", recursive=True)

@@ -33,8 +33,9 @@ from interfuse.engine.local import execute
 from interfuse.engine.merging import Merging
 from interfuse.engine.opening import fetch
 from interfuse.engine.per_task import write_tasks
+from interfuse.engine.proof import missing_parts, proof
 from interfuse.errors import CheckpointError, Problem
-from interfuse.plan import Plan, config_of
+from interfuse.plan import Output, Plan, config_of
 from interfuse.registry import find
 
 #: What speaks of the copied model alone: its card, and how it was itself made.
@@ -54,38 +55,49 @@ def merge_into(
     resume: bool = False,
     progress: bool = True,
     device: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run the plan into `folder`, which is there; what `interfuse.json` then says.
 
     Weights are `model.safetensors`, or shards with an index, in each sub-folder that the plan's lead has weights in; config,
     tokenizer and other small files come from that. What isn't on this machine is fetched first. `compat` says that the plan
-    was made so; `device` as in `execute`. Whatever is wrong with the data is a `CheckpointError`.
+    was made so; `device` as in `execute`; `config` is the output's where it doesn't follow from the lead's. Whatever is wrong
+    with the data is a `CheckpointError`, and so is an output that wouldn't load (`proof`).
     """
     fetch(plan, sources, shown=progress)
     lead = sources[plan.lead]
     stems = {inner: stem for inner, stem, _ in split(list(plan.specs), lead.stems)}
-    journal = Journal(folder, plan, sources, stems, resume=resume)
-    with ShardWriter(folder, plan.specs, stems=stems) as writer:
-        merging = execute(
-            plan, sources, writer,
-            threads=threads, allow_nonfinite=allow_nonfinite, progress=progress, device=device,
-            done=journal.note, skip=lambda output: output.name in journal.done,
-        )  # fmt: skip
-    journal.restore(merging)
-    there = _checked(folder, plan, merging, stems)
-    write_tasks(plan, merging, folder, recipes[-1], threads=threads)
-    journal.close()
-    left_out = _copy_side_files(lead.folder, folder, list(stems)) if lead.folder else []
     beside, notes = files_beside(plan, sources)
+    beside |= {} if config is None else {"config.json": encode(config)}
+    with proof(plan.specs, lead, beside) as loading:
+        journal = Journal(folder, plan, sources, stems, resume=resume)
+
+        def done(output: Output, merging: Merging) -> None:
+            journal.note(output, merging)
+            loading.look()
+
+        with ShardWriter(folder, plan.specs, stems=stems) as writer:
+            merging = execute(
+                plan, sources, writer,
+                threads=threads, allow_nonfinite=allow_nonfinite, progress=progress, device=device,
+                done=done, skip=lambda output: output.name in journal.done,
+            )  # fmt: skip
+        journal.restore(merging)
+        there = _checked(folder, plan, merging, stems)
+        write_tasks(plan, merging, folder, recipes[-1], threads=threads)
+        loading.finish()
+        journal.close()
+    left_out = _copy_side_files(lead.folder, folder, list(stems)) if lead.folder else []
     _put(folder, beside)
     made = provenance(plan, sources, merging, recipes)
     written = {name: (spec, merging.written[name]) for name, spec in there.specs.items()}
     record = {
         **made,
-        "notes": [*made["notes"], *notes],
+        "notes": [*made["notes"], *notes, *loading.notes, *missing_parts(folder)],
         "left_out": left_out,
         "mergekit_compat": compat,
         "allow_nonfinite": allow_nonfinite,
+        "loads": loading.said,
         "output": hash_of(written),
         "files": file_hashes(folder, [file.path for file in there.files()]),
         "tensors": tensor_lines(written),

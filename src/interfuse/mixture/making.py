@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-from interfuse.checkpoints.hashes import hash_file
 from interfuse.checkpoints.numbers import widen
 from interfuse.checkpoints.places import Resident
 from interfuse.checkpoints.source import Checkpoint
@@ -131,12 +130,11 @@ def make_into(
     gates = gate_vectors(recipe, sources[0], len(mixture.routers), router[1], device=device, progress=progress)
     made = _in_memory(mixture, sources[0], gates)
     written = recipe.model_dump(mode="json", exclude_defaults=True)
-    record = merge_into(mixture.plan, [*sources, made], folder, recipes=[written], threads=threads, progress=progress)
-    for name in ("transformers_version", "_name_or_path"):
-        mixture.config.pop(name, None)
-    _write_json(folder / "config.json", mixture.config)
+    config = {key: value for key, value in mixture.config.items() if key not in ("transformers_version", "_name_or_path")}
+    record = merge_into(
+        mixture.plan, [*sources, made], folder, recipes=[written], threads=threads, progress=progress, config=config
+    )
     record |= {
-        "files": {**record["files"], "config.json": hash_file(folder / "config.json")},
         "kind": KIND,
         "method": mixture.layout.model_type,
         "sources": record["sources"][: len(sources)],
