@@ -26,6 +26,8 @@ LANES = 8
 ALL, BAND, RANDOM, SHARED = range(4)
 #: Magnitudes that are told apart when they are ranked: of all, and of those of a row.
 BUCKETS, ROW_BUCKETS = 2**15, 2**11
+#: Into which a row's magnitudes are counted by turns, for equal ones in a row needn't wait for each other then.
+TABLES = 2
 
 
 class Stream(NamedTuple):
@@ -80,9 +82,11 @@ class Ranking(NamedTuple):
     densities: np.ndarray  # float32
     spreads: np.ndarray  # float32
     keys: np.ndarray  # uint32 [M, 2]
-    counts: np.ndarray  # int32 [M, buckets]
+    counts: np.ndarray  # int32 [M, TABLES, buckets], all 0
     table: np.ndarray  # float32 [M, buckets]: the chances
     lowest: np.ndarray  # int32: the bucket that the first counter is
+    values: np.ndarray  # [M, elements of a row or block], in the type of `work`: room for its deltas
+    places: np.ndarray  # uint16, the same: for the buckets of their magnitudes
 
 
 hash_stream = Kernel("streams", "hash_stream")

@@ -11,7 +11,7 @@ import xxhash
 
 from interfuse.checkpoints.source import BLOCK
 from interfuse.engine import kernels, selection
-from interfuse.engine.kernels import ALL, BAND, BUCKETS, RANDOM, ROW_BUCKETS, SHARED, Ranking, Trimming, Voting
+from interfuse.engine.kernels import ALL, BAND, BUCKETS, CHUNK, RANDOM, ROW_BUCKETS, SHARED, TABLES, Ranking, Trimming, Voting
 from interfuse.engine.merging import Merging, noted, reader_of
 from interfuse.engine.reading import Reader
 from interfuse.engine.scheduler import Job, Phase, Scratch
@@ -79,9 +79,8 @@ def _trimming(
     elif trim.how == "largest":
         how = ALL
     elif trim.how == "variance":
-        places = yield from selection.varying(reader)
-        cuts = yield from selection.largest(reader, [0], [math.floor(trim.density[0] * places)], shared=True)
-        lows = cuts * models
+        cut = yield from selection.most_varying(reader, trim.density[0])
+        lows = [cut] * models
     cuts_array = np.array([[low.value, high.value] for low, high in zip(lows, highs, strict=True)], wide)
     ends = np.array([[low.end, high.end] for low, high in zip(lows, highs, strict=True)], np.int64)
     chances = np.array(trim.density if trim.how == "random" else [1.0] * models, np.float32)
@@ -149,29 +148,30 @@ class _Ranks:
 
     def ranking(self, run: tuple[int, int], scratch: Scratch) -> Ranking:
         """How the kernels rank a run of blocks."""
-        models, table = self.reader.models, self.tables[run]
-        buckets = BUCKETS if self.long else ROW_BUCKETS
+        models, table, wide = self.reader.models, self.tables[run], self.reader.wide
+        buckets, held = BUCKETS if self.long else ROW_BUCKETS, min(self.width, BLOCK)
         return Ranking(
             self.width, self.long, self.divide, self.densities, self.spreads, self.keys,
-            scratch.buffer("counts", np.int32, buckets, models),
+            scratch.buffer("counts", np.int32, TABLES * buckets, models).reshape(models, TABLES, -1),
             scratch.buffer("table", np.float32, buckets, models) if table is None else table,
             np.zeros(models, np.int32),
+            scratch.buffer("values", wide, held, models), scratch.buffer("places", np.uint16, held, models),
         )  # fmt: skip
 
     def _table(self, row: Sequence[tuple[int, int]]) -> Generator[Phase, list[Any], np.ndarray]:
         """The chances of a row's magnitudes, of which these blocks are the parts."""
         reader = self.reader
-        lowest: np.ndarray = np.zeros(reader.models, np.int32)
 
         def task(i: int, j: int, scratch: Scratch) -> np.ndarray:
             start, stop = reader.span(i, j)
             addresses, _raws = reader.block(start, stop)
-            counts: np.ndarray = np.zeros((reader.models, BUCKETS), np.int32)
+            counts: np.ndarray = np.zeros((reader.models, TABLES, BUCKETS), np.int32)
+            places: np.ndarray = np.zeros((reader.models, CHUNK), np.uint16)
             work = scratch.work(reader.wide, reader.models)
-            kernels.count_ranks(addresses, reader.kinds, 0, stop - start, lowest, counts, work)
+            kernels.count_ranks(addresses, reader.kinds, stop - start, counts, places, work)
             return counts
 
-        counts = sum((yield Phase(task, row)), np.zeros((reader.models, BUCKETS), np.int64))
+        counts = sum((yield Phase(task, row)), np.zeros((reader.models, TABLES, BUCKETS), np.int32))
         table: np.ndarray = np.empty((reader.models, BUCKETS), np.float32)
         kernels.chances_of(counts, self.densities, self.spreads, self.width, table)
         return table

@@ -36,21 +36,18 @@ _NONE, _ALL = Cut(math.inf, 0), Cut(-1.0, 0)
 Search = Generator[Phase, list[Any], list[Cut]]
 
 
-def largest(reader: Reader, model: Sequence[int], keep: Sequence[int], *, shared: bool = False) -> Search:
-    """For each channel c where the `keep[c]` largest entries of the delta of model `model[c]` end.
-
-    With `shared`, magnitudes are the variance over the models, and `model[c]` is 0.
-    """
+def largest(reader: Reader, model: Sequence[int], keep: Sequence[int]) -> Search:
+    """For each channel c where the `keep[c]` largest entries of the delta of model `model[c]` end."""
     count = reader.count
     cuts: list[Cut | None] = [_NONE if k <= 0 else _ALL if k >= count else None for k in keep]
     open_ = [c for c, cut in enumerate(cuts) if cut is None]
     if open_:
         wanted = [keep[c] for c in open_]
         models = np.array([model[c] for c in open_])
-        found = yield from _by_bracket(reader, models, wanted, shared)
+        found = yield from _by_bracket(reader, models, wanted)
         missed = [i for i, cut in enumerate(found) if cut is None]
         if missed:
-            rest = yield from _by_histogram(reader, models[missed], [wanted[i] for i in missed], shared)
+            rest = yield from _by_histogram(reader, models[missed], [wanted[i] for i in missed], shared=False)
             for i, cut in zip(missed, rest, strict=True):
                 found[i] = cut
         for c, place in zip(open_, found, strict=True):
@@ -58,29 +55,45 @@ def largest(reader: Reader, model: Sequence[int], keep: Sequence[int], *, shared
     return [cut for cut in cuts if cut is not None]
 
 
-def varying(reader: Reader) -> Generator[Phase, list[Any], int]:
-    """How many positions have a variance over the models above 0."""
-    found = yield from _count(reader, np.zeros(1, np.int64), np.zeros((1, 2), reader.wide), shared=True)
-    return int(sum(block[0][0, 0] for block in found))
+def most_varying(reader: Reader, density: float) -> Generator[Phase, list[Any], Cut]:
+    """Where the largest variances over the models end, of which a share is kept of all that aren't 0.
+
+    How many aren't is counted in the same pass: a second channel, whose bracket is 0.
+    """
+    channel, bracket = np.zeros(1, np.int64), np.array([-1, np.inf], reader.wide)
+    if reader.count > _SMALL:
+        runs = _runs(reader.count)
+        [scores] = yield Phase(lambda start, stop, scratch: _sample(reader, runs, True, scratch), [(0, reader.count)])
+        some = (scores[0] > 0).mean(1)
+        bracket = _bracket(scores[0], density * some.mean(), reader.wide, density * float(some.std()))
+    both = np.stack([bracket, np.zeros(2, reader.wide)])
+    found = yield from _count(reader, np.zeros(2, np.int64), both, shared=True)
+    keep = math.floor(density * sum(int(counts[1, 0]) for counts, _ in found))
+    if not 0 < keep < reader.count:
+        return _ALL if keep else _NONE
+    cut = yield from _cut(reader, 0, keep, bracket, [(counts[0], kept[0]) for counts, kept in found], shared=True)
+    return cut or (yield from _by_histogram(reader, channel, [keep], shared=True))[0]
 
 
-def _by_bracket(
-    reader: Reader, models: np.ndarray, keep: Sequence[int], shared: bool
-) -> Generator[Phase, list[Any], list[Cut | None]]:
-    count = reader.count
-    if count <= _SMALL:
-        brackets = np.tile(np.array([-1, np.inf], reader.wide), (len(models), 1))
-    else:
-        runs = int(min(max(count // 2**14, 2**10), 2**15))
+def _runs(count: int) -> int:
+    """How many places of a tensor are sampled."""
+    return int(min(max(count // 2**14, 2**10), 2**15))
+
+
+def _by_bracket(reader: Reader, models: np.ndarray, keep: Sequence[int]) -> Generator[Phase, list[Any], list[Cut | None]]:
+    count, runs = reader.count, _runs(reader.count)
+    brackets = np.tile(np.array([-1, np.inf], reader.wide), (len(models), 1))
+    if count > _SMALL:
         within = 6 / math.sqrt(runs * _NEIGHBOURS)  # of all entries, in a bracket
         if within * count * len(models) > _MOST:
             return [None] * len(models)
-        [scores] = yield Phase(lambda start, stop, scratch: _sample(reader, runs, shared, scratch), [(0, count)])
+        [scores] = yield Phase(lambda start, stop, scratch: _sample(reader, runs, False, scratch), [(0, count)])
         brackets = np.stack([_bracket(scores[m], k / count, reader.wide) for m, k in zip(models, keep, strict=True)])
-    found = yield from _count(reader, models, brackets, shared)
+    found = yield from _count(reader, models, brackets, shared=False)
     cuts: list[Cut | None] = []
     for c, k in enumerate(keep):
-        cuts.append((yield from _cut(reader, models[c], k, brackets[c], [(f[c], kept[c]) for f, kept in found], shared)))
+        blocks = [(counts[c], kept[c]) for counts, kept in found]
+        cuts.append((yield from _cut(reader, models[c], k, brackets[c], blocks, shared=False)))
     return cuts
 
 
@@ -94,16 +107,18 @@ def _sample(reader: Reader, runs: int, shared: bool, scratch: Scratch) -> np.nda
     return scores
 
 
-def _bracket(scores: np.ndarray, share: float, wide: Any) -> np.ndarray:
+def _bracket(scores: np.ndarray, share: float, wide: Any, spread: float = 0.0) -> np.ndarray:
     """Magnitudes below and above the one that `share` of a sample `[runs, neighbours]` is above, seldom missing it.
 
-    Neighbours are alike where rows differ in scale, so the sample's error is told from how its runs differ.
+    Neighbours are alike where rows differ in scale, so the sample's error is told from how its runs differ; `spread` is by
+    how much the share itself differs from run to run.
     """
     ordered = np.sort(scores, axis=None)
     size = len(ordered)
     place = size * (1 - share)
     above = (scores > ordered[min(int(place), size - 1)]).mean(1)
-    margin = 6 * max(math.sqrt(size * share * (1 - share)), size * float(above.std()) / math.sqrt(len(scores))) + _NEIGHBOURS
+    error = size * (float(above.std()) + spread) / math.sqrt(len(scores))
+    margin = 6 * max(math.sqrt(size * share * (1 - share)), error) + _NEIGHBOURS
     low = ordered[int(place - margin)] if place - margin >= 0 else -1
     high = ordered[math.ceil(place + margin)] if place + margin <= size - 1 else np.inf
     return np.array([low, high], wide)
