@@ -168,9 +168,12 @@ def same(out: Path, folders: list[Path]) -> bool:
 @pytest.mark.parametrize("shards", [False, True])
 def test_a_plan_of_hub_models_reads_headers_and_a_run_fetches_them_once(served: Server, shards: bool) -> None:
     folders = [write_model(served.folder / "org" / name, i, shards=shards) for i, name in enumerate("ab")]
+    whole = sum(p.stat().st_size for f in folders for p in f.glob("*.safetensors"))
     record = run(recipe("org/a", "org/b@main"), "out", dry_run=True, progress=False)
     assert "org/b@main" in json.dumps(record.plan)
-    whole = sum(p.stat().st_size for f in folders for p in f.glob("*.safetensors"))
+    assert record.here is not None
+    assert whole < record.here["fetch"]["needs"] < whole + 1000
+    assert f" in {5 if shards else 3} files are fetched first\n" in record.text()
     assert 0 < served.sent(".safetensors") <= 2 * (2 if shards else 1) * 2**16 < whole / 10
     assert not list(Path("hub").rglob("*.safetensors"))
     assert not Path("out").exists()
@@ -188,6 +191,21 @@ def test_a_plan_of_hub_models_reads_headers_and_a_run_fetches_them_once(served: 
     run(recipe("org/a", "org/b@main"), "again", progress=False)
     assert served.sent(".safetensors") == 0
     assert (Path("again") / "model.safetensors").read_bytes() == (Path("out") / "model.safetensors").read_bytes()
+
+
+def test_a_pipeline_on_the_hub_is_merged_part_by_part(served: Server) -> None:
+    for i, name in enumerate("ab"):
+        folder = served.folder / "org" / name
+        write_model(folder / "unet", i)
+        (folder / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "U"], "scheduler": ["diffusers", "S"]}))
+        (folder / "scheduler").mkdir()
+        (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    run(recipe("org/a", "org/b"), "out", progress=False)
+    wanted = mean(*(served.folder / "org" / name / "unet" for name in "ab"))
+    got = load_file("out/unet/model.safetensors")
+    assert all(np.allclose(got[name], wanted[name], atol=1e-6) for name in wanted)
+    assert Path("out/scheduler/scheduler_config.json").is_file()
+    assert Path("out/model_index.json").is_file()
 
 
 def test_a_plan_with_a_problem_fetches_nothing(served: Server) -> None:

@@ -59,8 +59,9 @@ def merge(
     `models` and `base` are all modules, all mappings name -> tensor, or all paths of checkpoints. Modules give a new
     module: a copy of the base, or else of the first, with merged parameters and persistent buffers; what's tied stays
     tied, and the inputs are unchanged. Mappings give a dict. Paths need `out` and give its Path: a new folder with
-    `model.safetensors`, the base's (or first's) config, tokenizer and other small files, and `interfuse.json`, which says
-    how it was made; `overwrite` lets it replace a folder, `resume` goes on where a run that was killed was.
+    `model.safetensors`, the base's (or first's) config, tokenizer and other small files, a model card, and
+    `interfuse.json`, which says how it was made; `overwrite` lets it replace a folder, `resume` goes on where a run that was
+    killed was.
 
     `weights` is one number a model (1 each; a mapping goes by the models' names), `dtype` the type of the result's
     floating-point tensors (that of the base or first). `tokenizer` (`"union"`, `"base"`, a model's path, or what a recipe has

@@ -79,20 +79,25 @@ def _adapter(path: str, revision: str | None) -> Adapter:
 
 def fetch(plan: Plan, sources: Sequence[Checkpoint], *, shown: bool = True) -> None:
     """Fetch what the plan reads of models that aren't on this machine, and the lead's side files."""
+    files = wanted(plan, sources)
+    by_store: dict[Store, list[str]] = {}
+    for file in files:
+        by_store.setdefault(file.store, []).append(file.name)
+    problems = free_space_problems(list(by_store.items()))
+    if problems:
+        raise CheckpointError(*problems)
+    fetch_files(files, shown=shown)
+
+
+def wanted(plan: Plan, sources: Sequence[Checkpoint]) -> list[RemoteFile]:
+    """The files elsewhere that the plan takes, fetched or not."""
     read: dict[int, dict[str, None]] = {}
     for output in plan.outputs:
         for source, name in output.reads:
             read.setdefault(source, {})[name] = None
     files = [file for i, names in read.items() for file in sources[i].files(names) if isinstance(file, RemoteFile)]
     lead = sources[plan.lead].store
-    files += [lead.file(name) for name in side_files(lead)] if lead is not None else []
-    by_store: dict[Store, list[str]] = {}
-    for file in dict.fromkeys(files):
-        by_store.setdefault(file.store, []).append(file.name)
-    problems = free_space_problems(list(by_store.items()))
-    if problems:
-        raise CheckpointError(*problems)
-    fetch_files(list(dict.fromkeys(files)), shown=shown)
+    return list(dict.fromkeys([*files, *([] if lead is None else map(lead.file, side_files(lead)))]))
 
 
 def fetch_side_files(checkpoint: Checkpoint) -> None:

@@ -89,17 +89,23 @@ def proof(specs: Mapping[str, TensorSpec], lead: Checkpoint, beside: Mapping[str
 
 
 def _by_equality(specs: Mapping[str, TensorSpec], lead: Checkpoint, beside: Mapping[str, bytes | None]) -> str:
-    """What is said of an output that is as its lead but for values and types; else nothing."""
-    if specs.keys() != lead.specs.keys() or any(spec.shape != lead.specs[name].shape for name, spec in specs.items()):
-        return ""
-    for name, content in beside.items():
-        if name.endswith("config.json") and content != lead.beside.get(name):
-            inner = name.removesuffix("config.json")
-            if inner and not inner.endswith("/"):
-                continue  # generation_config.json, tokenizer_config.json
-            if content is None or _untyped(json.loads(content)) != _untyped(config_of(lead, inner)):
-                return ""
-    return f"as {lead.name} does: tensor names, shapes and config are the same"
+    """What is said of an output that is as a model of the lead's but for values and types; else nothing."""
+    for model in _models(lead):
+        same = specs.keys() == model.specs.keys() and all(spec.shape == model.specs[n].shape for n, spec in specs.items())
+        if same and all(_config(lead, inner, beside) == _untyped(config_of(model, inner)) for inner in ("", *lead.stems)):
+            return f"as {model.name} does: tensor names, shapes and config are the same"
+    return ""
+
+
+def _models(checkpoint: Checkpoint) -> list[Checkpoint]:
+    """The models that a checkpoint is or is computed from."""
+    return [model for part in checkpoint.within for model in _models(part)] if checkpoint.within else [checkpoint]
+
+
+def _config(lead: Checkpoint, inner: str, beside: Mapping[str, bytes | None]) -> Any:
+    """The output's config, or that in a sub-folder, without the types of numbers in it."""
+    content = beside.get(f"{inner}config.json")
+    return _untyped(config_of(lead, inner) if content is None else json.loads(content))
 
 
 def _untyped(config: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from interfuse.checkpoints.writer import check_output, room
 from interfuse.engine.chain import Planned, plan_recipes
 from interfuse.engine.estimate import estimate, room_for
-from interfuse.engine.opening import open_references
+from interfuse.engine.opening import open_references, wanted
 from interfuse.errors import Problem, UserError
 from interfuse.pipeline.record import RunRecord
 from interfuse.plan import plan_merge, uncollected
@@ -96,7 +96,10 @@ def machine(stages: Sequence[Planned], out: str | Path, threads: int | None = No
         return None
     found = estimate(stages, threads)
     free, place = room(out)
-    return {
+    absent = [file for _, plan, sources in stages for file in wanted(plan, sources) if not file.path.is_file()]
+    sizes = {file: file.store.sizes[file.name] or 0 for file in absent}
+    fetched = {"fetch": {"files": len(sizes), "needs": sum(sizes.values())}} if sizes else {}
+    return fetched | {
         "work": {"threads": found.threads, "seconds": round(found.seconds, 1), "memory": found.memory},
         "disk": {"out": str(out), "needs": found.nbytes, "free": free, "place": str(place)},
     }

@@ -142,7 +142,9 @@ def _totals(totals: Document) -> list[str]:
 def _here(totals: Document, here: Document) -> list[str]:
     work, disk = here["work"], here["disk"]
     rate = units.count((totals["bytes_read"] + totals["bytes_written"]) / work["seconds"], "B/s")
+    fetch = here.get("fetch")
     return [
+        *([f"{units.count(fetch['needs'], 'B')} in {fetch['files']} files are fetched first"] if fetch else []),
         f"about {units.seconds(work['seconds'])} on {work['threads']} threads, where disks keep up with {rate}; "
         f"about {units.count(work['memory'], 'B')} of own memory",
         f"{disk['out']}: {units.count(disk['needs'], 'B')} of the {units.count(disk['free'], 'B')} free at {disk['place']}",
