@@ -22,6 +22,7 @@ from interfuse.engine.merge import merge
 from interfuse.engine.opening import open_references
 from interfuse.errors import CheckpointError
 from interfuse.pipeline import run
+from interfuse.pipeline.verifying import verify
 from interfuse.recipe.references import Reference
 
 COMMIT = "c0ffee" + "0" * 34
@@ -187,6 +188,8 @@ def test_a_plan_of_hub_models_reads_headers_and_a_run_fetches_them_once(served: 
     assert [source["model"] for source in sources] == ["org/a", "org/b@main"]
     assert [source["origins"] for source in sources] == [[f"org/a@{COMMIT}"], [f"org/b@{COMMIT}"]]
 
+    found = verify("out", again=True)
+    assert found.good, found.checks
     served.asked.clear()
     run(recipe("org/a", "org/b@main"), "again", progress=False)
     assert served.sent(".safetensors") == 0
