@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from interfuse.checkpoints.folders import INDEX, SAFE, TORCH, Weights, find_weights, indexed
+from interfuse.checkpoints.folders import INDEX, MODULES, PIPELINE, SAFE, TORCH, Weights, find_weights, indexed, is_weights
 from interfuse.checkpoints.header import STORAGE, Entry, read_header
 from interfuse.checkpoints.header import TensorSpec as TensorSpec
 from interfuse.checkpoints.places import File, MappedFile, Place, Resident, Stored
@@ -161,7 +161,8 @@ def open_checkpoint(ref: str | Path | torch.nn.Module | Mapping[str, Any] | Chec
 def open_folder(folder: Path, name: str = "", stems: Mapping[str, str] | None = None) -> Checkpoint:
     """`open_checkpoint` of a folder; with `stems`, of one that was written with them and may lack its side files."""
     names = [item.name for item in folder.iterdir() if not item.name.startswith(".")]
-    names += [f"{sub}/{item.name}" for sub in names if (folder / sub).is_dir() for item in (folder / sub).iterdir()]
+    if stems is not None or {PIPELINE, MODULES} & set(names) or not any(map(is_weights, names)):
+        names += [f"{sub}/{item.name}" for sub in names if (folder / sub).is_dir() for item in (folder / sub).iterdir()]
     text = lambda name: _text(folder / name)
     if stems is None:
         found = find_weights(str(folder), names, text)
