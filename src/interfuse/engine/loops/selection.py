@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import carray
 
 from interfuse.engine.kernels import CHUNK, MAPPED
 from interfuse.engine.loops.decorators import compiled
-from interfuse.engine.loops.numbers import bits_of
+from interfuse.engine.loops.numbers import bits_of, pointer
 from interfuse.engine.loops.streams import populate, take
 from interfuse.engine.loops.trimming import deltas_of, variance_of
 
-_SCAN = 64
+_SCAN = 32  # entries that are looked at together, for few of them are sought
 
 
 @compiled
@@ -59,8 +60,8 @@ def count_blocks(stream, ends, hashes, hashing, shared, model, brackets, inside,
     """How the magnitudes of blocks stand to a bracket each: `model[c]` says whose, `brackets[c]` is low and high.
 
     `found` `[blocks, C, 4]` becomes how many are above high, at high, at low, and between: the last are put into `inside[c]`
-    one block after the other, as far as they fit; `held` counts them, from 0. A bracket with low = high has all its
-    entries at high.
+    one block after the other, as far as they fit and a place stays free; `held` counts them, from 0. A bracket with
+    low = high has all its entries at high.
     """
     for b in range(len(ends) - 1):
         n = ends[b + 1] - ends[b]
@@ -78,8 +79,8 @@ def count_blocks(stream, ends, hashes, hashing, shared, model, brackets, inside,
                 found[b, c, 1] += top
                 found[b, c, 2] += bottom
                 found[b, c, 3] += between
-                if between and held[c] + between <= inside.shape[1]:
-                    _collect(scores, low, high, m, inside[c, held[c] :])
+                if between and held[c] + between < inside.shape[1]:
+                    _collect(scores, low, high, m, inside[c, held[c] :], work[len(stream.kinds) + 2])
                 held[c] += between
     return 0
 
@@ -104,22 +105,20 @@ def _compare(scores, low, high, n):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _collect(scores, low, high, n, out):  # type: ignore[no-untyped-def]
-    """The magnitudes that are between the two, in order; how many."""
-    at = 0
-    for start in range(0, n, _SCAN):
-        stop = min(start + _SCAN, n)
-        some = np.int32(0)
-        for i in range(start, stop):
-            score = abs(scores[i])
-            some += np.int32((score > low) & (score < high))
-        if some:
-            for i in range(start, stop):
-                score = abs(scores[i])
-                if (score > low) & (score < high):
-                    out[at] = score
-                    at += 1
-    return at
+def _collect(scores, low, high, n, out, flags):  # type: ignore[no-untyped-def]
+    """The magnitudes that are between the two, in order; `flags` is a chunk to note in which they are."""
+    place = np.uint64(flags.ctypes.data)
+    marks, words = carray(pointer(place), CHUNK, np.uint8), carray(pointer(place), CHUNK // 8, np.uint64)
+    for i in range(n):
+        marks[i] = np.uint8((abs(scores[i]) > low) & (abs(scores[i]) < high))
+    for i in range(n, (n + 7) // 8 * 8):
+        marks[i] = np.uint8(0)
+    at = np.int64(0)
+    for w in range((n + 7) // 8):
+        if words[w]:
+            for i in range(8 * w, min(8 * w + 8, n)):
+                out[at] = abs(scores[i])  # without a branch: the next one overwrites it where it isn't between
+                at += np.int64(marks[i])
 
 
 @compiled
