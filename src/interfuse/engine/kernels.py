@@ -26,6 +26,8 @@ LANES = 8
 ALL, BAND, RANDOM, SHARED = range(4)
 #: Magnitudes that are told apart when they are ranked: of all, and of those of a row.
 BUCKETS, ROW_BUCKETS = 2**15, 2**11
+#: Models up to which their numbers are given in tuples: loops over them are unrolled then.
+FEW = 8
 #: Into which a row's magnitudes are counted by turns, for equal ones in a row needn't wait for each other then.
 TABLES = 2
 

@@ -16,7 +16,7 @@ import xxhash
 
 from interfuse.checkpoints.source import Checkpoint, hash_block, hash_blocks, spans
 from interfuse.engine.kernels import KINDS, LANES, SHORT, Stream, Target, hash_stream
-from interfuse.engine.reading import RUN, Reader, address_of, bytes_of
+from interfuse.engine.reading import Reader, address_of, hashes_of
 from interfuse.engine.scheduler import Job, Phase, Scratch
 from interfuse.engine.selection import Cut
 from interfuse.errors import Problem
@@ -25,6 +25,7 @@ from interfuse.registry import find
 
 #: From this size on a type has only infinity: halfway from its largest number to the next there would be.
 LIMITS = {"BF16": 2.0**128 - 2.0**119, "F16": 65520.0, "F32": 2.0**128 - 2.0**103, "F64": np.inf}
+_BACK = 32  # blocks that are read back in one call
 _ALLOW = "look at the models' values, or allow them (--allow-nonfinite, allow_nonfinite=True)"
 
 
@@ -85,14 +86,14 @@ class Merging:
         limit, work = limit_of(output.spec.dtype, reader.wide), scratch.work(reader.wide, reader.models)
         reader.run(kernel, *run, scratch, *given, target, limit, work)
         ends = reader.ends[run[0] : run[1] + 1].tolist()
-        pieces = self._pieces.setdefault(output.name, {})
+        pieces, made = self._pieces.setdefault(output.name, {}), hashes_of(hashes)
         for b, (first, end) in enumerate(itertools.pairwise(ends)):
             part = out[first - start : end - start]
             if not target.finite[b]:
                 _, raws = reader.block(first, end)
                 self.look(output, reader, raws, repair(part, raws))
             known = target.finite[b] and part.nbytes > SHORT
-            pieces[first, end] = bytes_of(hashes[b]) if known else hash_block(part)
+            pieces[first, end] = made[b] if known else hash_block(part)
         self.sink.write(output.name, start, out)
 
     def read_back(self, output: Output) -> Job:
@@ -144,13 +145,13 @@ def _stored(
         ends: np.ndarray = np.array([start for start, _ in parts[i:j]] + [parts[j - 1][1]], np.int64)
         if hash_stream(stream, ends, hashes, True):
             return [b""] * (j - i)
-        found = [bytes_of(words) for words in hashes]
+        found = hashes_of(hashes)
         for b, (start, stop) in enumerate(parts[i:j]):
             if (stop - start) * size <= SHORT:
                 found[b] = xxhash.xxh3_128_digest(os.pread(place[0], (stop - start) * size, place[1] + start * size))
         return found
 
-    runs = [(i, min(i + RUN, len(parts))) for i in range(0, len(parts), RUN)]
+    runs = [(i, min(i + _BACK, len(parts))) for i in range(0, len(parts), _BACK)]
     return [one for found in (yield Phase(task, runs)) for one in found]
 
 

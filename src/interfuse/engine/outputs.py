@@ -13,6 +13,7 @@ import numpy as np
 
 from interfuse.checkpoints.numbers import narrow, nonfinite, widen
 from interfuse.engine import kernels, rules, streamed
+from interfuse.engine.kernels import FEW
 from interfuse.engine.merging import Merging, noted
 from interfuse.engine.reading import Reader
 from interfuse.engine.scheduler import Job, Phase, Scratch
@@ -97,17 +98,18 @@ def _sum(output: Output, combination: Combination, merging: Merging) -> Job:
     terms = sorted((term for term in shares if term[1] != 0), key=lambda term: -abs(term[1]))
     known = all((read.source, read.name) in merging.read for read, _ in terms)  # from a pass for sums
     reader = Reader(output, merging.sources, [read for read, _ in terms], None, again=known, hashed=known)
-    coefficients = np.array([0, *(share for _, share in terms)], reader.wide)
+    coefficients = np.array([share for _, share in terms] or [0], reader.wide)
+    given = tuple(coefficients) if len(coefficients) <= FEW else coefficients
     # Where there is no base it is 0, and its share is no part of the sum.
     total = reader.wide(combination.total - (0 if output.base is not None else combination.base))
     specs = [spec.dtype for spec in reader.specs]
 
     def repair(out: np.ndarray, raws: Sequence[np.ndarray]) -> int:
-        return _directly(out, raws, specs, coefficients[1:], reader.wide, output.spec.dtype)
+        return _directly(out, raws, specs, coefficients, reader.wide, output.spec.dtype)
 
     def task(i: int, j: int, scratch: Scratch) -> None:
         merging.compute(
-            output, reader, (i, j), scratch, kernels.sum_blocks, coefficients, total, repair=repair
+            output, reader, (i, j), scratch, kernels.sum_blocks, given, total, repair=repair
         )  # fmt: skip
 
     yield Phase(task, reader.runs)

@@ -126,7 +126,7 @@ class Reader:
             mine = self._hashes[:, k + (not self.based)]
             for i in np.flatnonzero(np.diff(self.ends) * spec.storage.itemsize <= SHORT):
                 mine[i] = words_of(hash_block(checkpoint.block(name, *self.ranges[i])))
-            found[key] = hash_blocks([bytes_of(mine)])
+            found[key] = hash_blocks(hashes_of(mine))
         return found
 
     def nonfinite(self, raws: Sequence[np.ndarray]) -> list[tuple[int, int]]:
@@ -145,9 +145,10 @@ def words_of(found: bytes) -> np.ndarray:
     return np.frombuffer(found, ">u8")
 
 
-def bytes_of(words: np.ndarray) -> bytes:
-    """Hashes from the words of `[n, 2]`, one after the other."""
-    return words.astype(">u8").tobytes()
+def hashes_of(words: np.ndarray) -> list[bytes]:
+    """Hashes from their words, `[n, 2]` or `[n, 1, 2]`."""
+    joined = words.astype(">u8").tobytes()
+    return [joined[at : at + 16] for at in range(0, len(joined), 16)]
 
 
 def address_of(array: np.ndarray) -> int:

@@ -11,14 +11,26 @@ import xxhash
 
 from interfuse.checkpoints.source import BLOCK
 from interfuse.engine import kernels, selection
-from interfuse.engine.kernels import ALL, BAND, BUCKETS, CHUNK, RANDOM, ROW_BUCKETS, SHARED, TABLES, Ranking, Trimming, Voting
+from interfuse.engine.kernels import (
+    ALL,
+    BAND,
+    BUCKETS,
+    CHUNK,
+    FEW,
+    RANDOM,
+    ROW_BUCKETS,
+    SHARED,
+    TABLES,
+    Ranking,
+    Trimming,
+    Voting,
+)
 from interfuse.engine.merging import Merging, noted, reader_of
 from interfuse.engine.reading import Reader
 from interfuse.engine.scheduler import Job, Phase, Scratch
 from interfuse.methods.forms import Rule, Trim
 from interfuse.plan import Call, Output
 
-_FEW = 8  # models up to which kernels have their loops over models unrolled
 _HOW = {"all": ALL, "largest": BAND, "random": RANDOM, "variance": SHARED}
 
 
@@ -115,7 +127,7 @@ def _voting(rule: Rule, reader: Reader, norms: np.ndarray | None) -> Voting:
 
     def given(numbers: np.ndarray) -> Any:
         numbers = numbers.astype(wide)
-        return tuple(numbers) if reader.models <= _FEW else numbers
+        return tuple(numbers) if reader.models <= FEW else numbers
 
     return Voting(rule.elect, rule.mean, given(votes), given(weights * factors), given(weights), wide(rule.scale))
 

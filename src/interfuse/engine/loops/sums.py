@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import carray
+from numba import types
+from numba.extending import overload
 
 from interfuse.engine.kernels import CHUNK
 from interfuse.engine.loops.decorators import compiled, compiled_sum
-from interfuse.engine.loops.numbers import as_float, below, load, load_less, pointer, store
+from interfuse.engine.loops.numbers import below, load, load_less, store
 from interfuse.engine.loops.streams import hash_result, place_of, take
 
 
+def _combined(result, inputs, coefficients, total, n):  # type: ignore[no-untyped-def]
+    """total t_0 + sum c_i (t_i - t_0) of the chunks `inputs` `[M]`; whether all is below the limit."""
+
+
+@overload(_combined)
+def _combined_of(result, inputs, coefficients, total, n):  # type: ignore[no-untyped-def]
+    few = isinstance(coefficients, types.BaseTuple)  # of a tuple the length is known: the loop over inputs is unrolled
+    combine = _combine_few if few else _combine_many
+    return lambda result, inputs, coefficients, total, n: combine(result, inputs, coefficients, total, n)
+
+
 @compiled
-def _anchored(result, anchor, total, n):  # type: ignore[no-untyped-def]
+def _combine_few(result, inputs, coefficients, total, n):  # type: ignore[no-untyped-def]
     for i in range(n):
-        result[i] = total * anchor[i]
+        anchor = inputs[0, i]
+        summed = total * anchor
+        for k in range(1, len(coefficients)):
+            less = anchor - inputs[k, i] if coefficients[k] > 0 else inputs[k, i] - anchor
+            summed -= abs(coefficients[k]) * less
+        result[i] = summed
+
+
+@compiled
+def _combine_many(result, inputs, coefficients, total, n):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        result[i] = total * inputs[0, i]
+    for k in range(1, len(coefficients)):
+        if coefficients[k] > 0:
+            _less(result, abs(coefficients[k]), inputs[0], inputs[k], n)
+        else:
+            _less(result, abs(coefficients[k]), inputs[k], inputs[0], n)
 
 
 @compiled
@@ -24,40 +52,16 @@ def _less(result, size, anchor, other, n):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _less_bf16(result, size, anchor, address, start, n):  # type: ignore[no-untyped-def]
-    """`_less` of what is loaded on the way: the common case, with a pass over the chunk less."""
-    other = carray(pointer(np.uint64(address + np.uint64(2 * start))), CHUNK, np.uint16)
-    for i in range(n):
-        result[i] -= size * (anchor[i] - as_float(np.uint32(np.uint32(other[i]) << np.uint32(16))))
-
-
-@compiled
-def _more_bf16(result, size, anchor, address, start, n):  # type: ignore[no-untyped-def]
-    other = carray(pointer(np.uint64(address + np.uint64(2 * start))), CHUNK, np.uint16)
-    for i in range(n):
-        result[i] -= size * (as_float(np.uint32(np.uint32(other[i]) << np.uint32(16))) - anchor[i])
-
-
-@compiled
 def _sum(addresses, kinds, coefficients, total, n, out, out_kind, limit, work):  # type: ignore[no-untyped-def]
-    result, anchor, other = work[0], work[1], work[2]
-    finite, some = True, len(kinds) > 1
+    """Of one block; whether all is finite. The base that is 0 comes first, and is all there is if there are no inputs."""
+    inputs = max(len(kinds) - 1, 1)
+    first = len(kinds) - inputs
+    result, finite = work[inputs], True
     for start in range(0, n, CHUNK):
         m = min(CHUNK, n - start)
-        load(anchor, addresses[int(some)], kinds[int(some)], start, m)  # without any, the base that is 0
-        _anchored(result, anchor, total, m)
-        for k in range(2, len(kinds)):
-            size = abs(coefficients[k])
-            if kinds[k] == 0 and coefficients[k] > 0:
-                _less_bf16(result, size, anchor, addresses[k], start, m)
-            elif kinds[k] == 0:
-                _more_bf16(result, size, anchor, addresses[k], start, m)
-            else:
-                load(other, addresses[k], kinds[k], start, m)
-                if coefficients[k] > 0:
-                    _less(result, size, anchor, other, m)
-                else:
-                    _less(result, size, other, anchor, m)
+        for k in range(inputs):
+            load(work[k], addresses[first + k], kinds[first + k], start, m)
+        _combined(result, work, coefficients, total, m)
         finite &= below(result, limit, m)
         store(result, out, out_kind, start, m)
     return finite
