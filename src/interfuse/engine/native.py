@@ -31,6 +31,8 @@ _C: dict[type, Any] = {
     np.float32: ctypes.c_float, np.float64: ctypes.c_double, np.uint8: ctypes.c_uint8, np.uint32: ctypes.c_uint32,
     np.uint64: ctypes.c_uint64, np.int64: ctypes.c_int64, bool: ctypes.c_uint8, int: ctypes.c_int64,
 }  # fmt: skip
+#: What a loop would call to make an array; it would have no memory to make it in.
+_ALLOCATES = ("NRT_Allocate", "NRT_MemInfo_alloc", "NRT_MemInfo_new")
 _lock = threading.Lock()
 
 
@@ -70,11 +72,11 @@ class Kernel:
     def _load(self, kinds: list[Any], arguments: tuple[Any, ...]) -> Callable[..., int]:
         """The function for arguments of these kinds."""
         content = repr([self.module, self.name, [str(kind) for kind in kinds]])
-        path = _folder() / f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-        code = _kept(path)
+        name = f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+        code = _kept(name)
         if code is None:
             code = self._compile(arguments)
-            _keep(path, code)
+            _keep(name, code)
         prototype = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *_leaves(kinds))
         return prototype(_address(code))
 
@@ -90,6 +92,7 @@ class Kernel:
         declared = re.findall(r'^declare [^@]*@"?([^"(]+)"?\(', made.library.get_llvm_str(), re.MULTILINE)
         process = ctypes.CDLL(None)
         unused = [name for name in declared if not name.startswith("llvm.") and not hasattr(process, name)]
+        assert not any(name.startswith(_ALLOCATES) for name in unused), f"{self.name} makes an array"
         return Code(made.fndesc.llvm_func_name, code, tuple(unused))
 
 
@@ -121,8 +124,8 @@ def _leaves(kinds: list[Any]) -> list[Any]:
 
 
 @cache
-def _folder() -> Path:
-    """Where code is kept that was compiled from this source by these versions for this processor."""
+def _folders() -> list[Path]:
+    """Where code is kept that was compiled from this source by these versions for this processor: the first that can be."""
     import llvmlite.binding as llvm
 
     digest = hashlib.sha256()
@@ -130,28 +133,31 @@ def _folder() -> Path:
         digest.update(path.read_bytes())
     versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite", "numpy")]
     digest.update(repr([versions, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]).encode())
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "interfuse" / "kernels" / digest.hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    return [place / digest.hexdigest()[:16] for place in (home / "interfuse" / "kernels", _LOOPS / "__pycache__")]
 
 
-def _kept(path: Path) -> Code | None:
+def _kept(name: str) -> Code | None:
     """The code that was kept, if it is whole."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        head, _, code = path.read_bytes().partition(b"\n")
-        found = json.loads(head)
-        if hashlib.sha256(code).hexdigest() == found["sha256"]:
-            return Code(found["symbol"], code, tuple(found["unused"]))
+    for folder in _folders():
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            head, _, code = (folder / name).read_bytes().partition(b"\n")
+            found = json.loads(head)
+            if hashlib.sha256(code).hexdigest() == found["sha256"]:
+                return Code(found["symbol"], code, tuple(found["unused"]))
     return None
 
 
-def _keep(path: Path, code: Code) -> None:
-    """Keep it for the next process, where there is room."""
+def _keep(name: str, code: Code) -> None:
+    """Keep it for the next process, where that is allowed."""
     head = {"symbol": code.symbol, "unused": code.unused, "sha256": hashlib.sha256(code.code).hexdigest()}
-    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(json.dumps(head).encode() + b"\n" + code.code)
-        os.replace(part, path)
+    for folder in _folders():
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            part = folder / f"{name}.{secrets.token_hex(8)}"
+            part.write_bytes(json.dumps(head).encode() + b"\n" + code.code)
+            os.replace(part, folder / name)
+            return
 
 
 @cache
