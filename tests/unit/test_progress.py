@@ -37,6 +37,15 @@ def test_on_a_terminal_it_speaks_when_it_takes_long(
     assert ("2/3" in said.getvalue()) is speaks
 
 
+def test_bytes_are_said_as_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = Terminal()
+    monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+    monkeypatch.setenv("TERM", "xterm")
+    assert list(track("abc", "merging", sizes=[2_000_000, 1_000_000, 1_000_000])) == ["a", "b", "c"]
+    assert "3.0/4.0 MB" in said.getvalue()
+
+
 def test_it_ends_when_the_caller_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     said = Terminal()
     monkeypatch.setattr(sys, "stderr", said)

@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-from interfuse.checkpoints.source import Checkpoint
+from interfuse.checkpoints.source import Checkpoint, TensorSpec
 from interfuse.engine.global_trim import global_cuts
 from interfuse.engine.merging import Merging, Sink
 from interfuse.engine.on_device import on_device, run_on
@@ -51,7 +51,8 @@ def execute(
     here = [output for output in waiting if output.name not in elsewhere]
 
     def jobs() -> Iterator[Job]:
-        for output in track(here, "merging", len(here), shown=progress):
+        sizes = [sum(spec.nbytes for spec in _specs(output, sources)) for output in here]
+        for output in track(here, "merging", sizes=sizes, shown=progress):
             yield _whole(output, merging, done)
 
     count = threads or len(os.sched_getaffinity(0))
@@ -73,6 +74,11 @@ def execute(
     if problems:
         raise CheckpointError(*problems)
     return merging
+
+
+def _specs(output: Output, sources: Sequence[Checkpoint]) -> list[TensorSpec]:
+    """What is read for an output and written."""
+    return [output.spec, *(sources[read.source].specs[read.name] for read in output.reads)]
 
 
 def _whole(output: Output, merging: Merging, done: Callable[[Output, Merging], None] | None) -> Job:

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from interfuse.progress import say
+
 _LOOPS = Path(__file__).parent / "loops"
 #: NumPy's numbers -> how C takes them, and Python's own.
 _C: dict[type, Any] = {
@@ -34,6 +36,7 @@ _C: dict[type, Any] = {
 #: What a loop would call to make an array; it would have no memory to make it in.
 _ALLOCATES = ("NRT_Allocate", "NRT_MemInfo_alloc", "NRT_MemInfo_new")
 _lock = threading.Lock()
+_said: list[bool] = []  # that loops are compiled
 
 
 class Code(NamedTuple):
@@ -84,6 +87,9 @@ class Kernel:
         """What Numba makes of the loop for these arguments."""
         import numba
 
+        if not _said:
+            _said.append(True)
+            say("compiling loops for this processor, which takes some seconds, once")
         loop = getattr(importlib.import_module(f"interfuse.engine.loops.{self.module}"), self.name)
         signature = tuple(numba.typeof(argument) for argument in arguments)
         loop.compile(signature)
