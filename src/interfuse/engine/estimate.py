@@ -12,22 +12,23 @@ from typing import NamedTuple
 
 from interfuse.checkpoints.source import BLOCK
 from interfuse.engine.chain import HELD, LARGE, Planned
+from interfuse.engine.reading import RUN
 from interfuse.methods.forms import Combination, Rule
 from interfuse.methods.geodesic import AXIS
 from interfuse.plan import Output, Plan
 
 #: CPU nanoseconds for each element that is read or written, by how an output is made.
-_RATES = {"copied": 0.3, "sum": 0.45, "gram": 0.9, "axis": 5.0, "blocks": 5.0}
+_RATES = {"copied": 0.4, "sum": 0.55, "gram": 1.0, "axis": 5.0, "blocks": 5.0}
 #: The same for rules, by how they trim.
-_TRIMS = {"all": 0.7, "random": 0.9, "ranked": 2.2, "largest": 2.0, "variance": 2.5}
+_TRIMS = {"all": 0.7, "random": 0.8, "ranked": 1.8, "largest": 1.3, "variance": 1.9}
 #: The same for methods of blocks that are far from the others.
 _SLOW = {"pcb": 60.0, "arcee_fusion": 30.0}
 #: CPU nanoseconds of a decomposition, for each element times the shorter side; and the methods that do one, not one a model.
 _DECOMPOSED = 0.4
 _ONCE = ("iso_c", "subspace_boost", "wudi", "ace", "knots")
-_START = 1.0  # seconds in which a process starts
+_START = 0.5  # seconds in which a process starts
 _EACH = 300_000  # CPU nanoseconds of a tensor, however small
-_PROCESS = 80 * 10**6  # bytes of a process that merges, and what it knows of one tensor of one model
+_PROCESS = 45 * 10**6  # bytes of a process that merges, and what it knows of one tensor of one model
 _NAMED = 400
 _BESIDE = 1000  # bytes a tensor has in headers, index and journal
 
@@ -84,7 +85,7 @@ def _buffers(output: Output) -> int:
     kind, block = _kind(output), 4 * min(BLOCK, count)
     if kind == "matrices":
         return (4 * models + 4) * 4 * count
-    return (3 * models + 2) * block if kind in ("axis", "blocks") else (models + 2) * block // 2
+    return (3 * models + 2) * block if kind in ("axis", "blocks") else (models + RUN) * block // 2
 
 
 def _nanoseconds(output: Output) -> float:
