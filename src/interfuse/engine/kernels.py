@@ -16,8 +16,8 @@ CHUNK = 1024  # elements that a loop takes at a time, in buffers that stay in th
 #: The stored types that are merged by arithmetic, by the numbers that loops know them by; ZERO stands for no base.
 KINDS = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
 ZERO = 255
-#: In place of an open file: elements lie in memory, in a file that is mapped, or there are none (a base that is 0).
-IN_MEMORY, MAPPED, NOTHING = -1, -2, -3
+#: In place of an open file: elements lie in memory, or there are none (a base that is 0).
+IN_MEMORY, NOTHING = -1, -2
 #: Bytes up to which a block's hash is Python's affair.
 SHORT = 240
 #: Words that hashing needs.
@@ -35,7 +35,7 @@ TABLES = 2
 class Stream(NamedTuple):
     """Where a tensor's inputs are, for a run of its blocks: arrays with one entry an input, the base's first."""
 
-    handles: np.ndarray  # int32: an open file, or IN_MEMORY, MAPPED, NOTHING
+    handles: np.ndarray  # int32: an open file, IN_MEMORY or NOTHING
     offsets: np.ndarray  # int64: the byte of the file where the tensor begins
     sizes: np.ndarray  # int64: bytes of an element
     addresses: np.ndarray  # uint64: of room for a block; of what is in memory, where the run begins
@@ -106,4 +106,3 @@ count_at = Kernel("selection", "count_at")
 merge_ranked = Kernel("ranking", "merge_ranked")
 norms_ranked = Kernel("ranking", "norms_ranked")
 count_ranks = Kernel("ranking", "count_ranks")
-chances_of = Kernel("ranking", "chances_of")

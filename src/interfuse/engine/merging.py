@@ -122,10 +122,10 @@ class Merging:
             self.nonfinite[problem] = self.nonfinite.get(problem, 0) + bad
 
 
-def reader_of(output: Output, call: Call, merging: Merging, *, again: bool = False) -> Reader:
-    """The reader of a method that sees deltas from the base; `again` if its kernels go over them more than once."""
+def reader_of(output: Output, call: Call, merging: Merging) -> Reader:
+    """The reader of a method that sees deltas from the base."""
     base = output.base if find(call.method, "weights").sees_base else None
-    return Reader(output, merging.sources, output.inputs, base, again=again)
+    return Reader(output, merging.sources, output.inputs, base)
 
 
 def _stored(

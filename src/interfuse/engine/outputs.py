@@ -16,7 +16,7 @@ from interfuse.engine import kernels, rules, streamed
 from interfuse.engine.kernels import FEW
 from interfuse.engine.merging import Merging, noted
 from interfuse.engine.reading import Reader
-from interfuse.engine.scheduler import Job, Phase, Scratch
+from interfuse.engine.scheduler import Job, Phase, Scratch, Total
 from interfuse.errors import Problem
 from interfuse.methods.forms import Combination
 from interfuse.methods.geodesic import AXIS
@@ -78,16 +78,18 @@ def _gram(output: Output, method: Method, merging: Merging) -> Any:
     """The inner products of the models, or of their deltas, in float64; the same whatever the threads."""
     deltas = method.of == "deltas"
     inputs = output.inputs if deltas else output.reads
-    reader = Reader(output, merging.sources, inputs, output.base if deltas else None, again=True)
+    reader = Reader(output, merging.sources, inputs, output.base if deltas else None)
 
-    parts: np.ndarray = np.zeros((len(reader.ranges), reader.models, reader.models))
+    total = Total((reader.models, reader.models))
 
     def task(i: int, j: int, scratch: Scratch) -> None:
-        reader.run(kernels.gram_blocks, i, j, scratch, parts[i:j], scratch.work(reader.wide, reader.models))
+        parts: np.ndarray = np.zeros((j - i, reader.models, reader.models))
+        reader.run(kernels.gram_blocks, i, j, scratch, parts, scratch.work(reader.wide, reader.models))
+        total.add(i, j, parts.sum(0))
 
     yield Phase(task, reader.runs)
     yield from noted(reader, merging)
-    return parts.sum(0)
+    return total.value
 
 
 def _sum(output: Output, combination: Combination, merging: Merging) -> Job:
@@ -97,7 +99,7 @@ def _sum(output: Output, combination: Combination, merging: Merging) -> Job:
     # The anchor is the input with the largest share, so that a merge at or near one model is exact about that model.
     terms = sorted((term for term in shares if term[1] != 0), key=lambda term: -abs(term[1]))
     known = all((read.source, read.name) in merging.read for read, _ in terms)  # from a pass for sums
-    reader = Reader(output, merging.sources, [read for read, _ in terms], None, again=known, hashed=known)
+    reader = Reader(output, merging.sources, [read for read, _ in terms], None, hashed=known)
     coefficients = np.array([share for _, share in terms] or [0], reader.wide)
     given = tuple(coefficients) if len(coefficients) <= FEW else coefficients
     # Where there is no base it is 0, and its share is no part of the sum.

@@ -10,7 +10,7 @@ import numpy as np
 from interfuse.checkpoints.numbers import nonfinite
 from interfuse.checkpoints.places import Stored
 from interfuse.checkpoints.source import BLOCK, Checkpoint, TensorSpec, hash_block, hash_blocks, spans
-from interfuse.engine.kernels import IN_MEMORY, KINDS, LANES, MAPPED, NOTHING, SHORT, ZERO, Stream
+from interfuse.engine.kernels import IN_MEMORY, KINDS, LANES, NOTHING, SHORT, ZERO, Stream
 from interfuse.engine.scheduler import Scratch
 from interfuse.errors import CheckpointError, Problem
 from interfuse.plan import Input, Output
@@ -23,15 +23,20 @@ class Reader:
     """The base (or nothing) and the models' tensors that one output is made of.
 
     `wide` is the type of its arithmetic, `kinds` the stored types, the base's first, `ranges` its blocks, and `runs` which
-    of them a kernel goes through in one call. What is read `again` is mapped, which costs more than to read it once and
-    less than twice; whose hashes are known needs none. A class, for blocks are asked for by many tasks, and hashes kept.
+    of them a kernel goes through in one call. Inputs that are `hashed` already aren't once more. A class, for blocks are
+    asked for by many tasks, and their hashes kept.
     """
 
     def __init__(
-        self, output: Output, sources: Sequence[Checkpoint], inputs: Sequence[Input], base: Input | None, *,
-        again: bool = False, hashed: bool = False,
-    ):  # fmt: skip
-        self.models, self._again = len(inputs), again
+        self,
+        output: Output,
+        sources: Sequence[Checkpoint],
+        inputs: Sequence[Input],
+        base: Input | None,
+        *,
+        hashed: bool = False,
+    ):
+        self.models = len(inputs)
         self._reads = [(sources[read.source], read.name) for read in ([base] if base else []) + list(inputs)]
         self._keys = [(read.source, read.name) for read in ([base] if base else []) + list(inputs)]
         self.specs: list[TensorSpec] = [checkpoint.specs[name] for checkpoint, name in self._reads]
@@ -62,13 +67,10 @@ class Reader:
         if known is not None:
             return known, []
         rows = [] if self.based else [(NOTHING, 0, 0, 0)]
-        kept, mapped = [], False
+        kept = []
         for i, ((checkpoint, name), spec) in enumerate(zip(self._reads, self.specs, strict=True)):
             place, size = checkpoint.places[name], spec.storage.itemsize
-            if isinstance(place, Stored) and self._again:
-                rows.append((MAPPED, 0, size, address_of(place.file.view(place.offset, spec.nbytes)) + start * size))
-                mapped = True
-            elif isinstance(place, Stored):
+            if isinstance(place, Stored):
                 room = scratch.buffer(f"read {i}", np.uint8, min(BLOCK, self.count) * size)
                 rows.append((place.file.handle(), place.offset, size, address_of(room)))
             else:
@@ -80,7 +82,7 @@ class Reader:
             np.array(handles, np.int32), np.array(offsets, np.int64), np.array(sizes, np.int64),
             np.array(addresses, np.uint64), self.kinds, room,
         )  # fmt: skip
-        if not kept and not mapped:
+        if not kept:
             self._streams[id(scratch)] = stream
         return stream, kept
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,11 @@ from interfuse.engine.kernels import (
 )
 from interfuse.engine.merging import Merging, noted, reader_of
 from interfuse.engine.reading import Reader
-from interfuse.engine.scheduler import Job, Phase, Scratch
+from interfuse.engine.scheduler import Job, Phase, Scratch, Total
 from interfuse.methods.forms import Rule, Trim
 from interfuse.plan import Call, Output
 
+_TOGETHER = 32  # blocks of long rows that are ranked together
 _HOW = {"all": ALL, "largest": BAND, "random": RANDOM, "variance": SHARED}
 
 
@@ -38,8 +39,7 @@ def job(output: Output, call: Call, merging: Merging) -> Job:
     """The job of an output whose method is a rule."""
     rule = call.made
     assert isinstance(rule, Rule)
-    again = rule.energy or rule.trim.rescale == "l1" or rule.trim.how in ("largest", "variance")
-    reader = reader_of(output, call, merging, again=again)
+    reader = reader_of(output, call, merging)
     keys = keys_of(merging.seed, output.name, reader.models)
     if rule.trim.how == "ranked":
         yield from _ranked(output, rule, reader, keys, merging)
@@ -100,13 +100,15 @@ def _trimming(
 
 
 def _norms(reader: Reader, trimming_: Trimming, *, sizes: bool) -> Generator[Phase, list[Any], np.ndarray]:
-    parts: np.ndarray = np.zeros((len(reader.ranges), reader.models, 3))
+    total = Total((reader.models, 3))
 
     def task(i: int, j: int, scratch: Scratch) -> None:
-        reader.run(kernels.norms_blocks, i, j, scratch, trimming_, sizes, parts[i:j], scratch.work(reader.wide, reader.models))
+        parts: np.ndarray = np.zeros((j - i, reader.models, 3))
+        reader.run(kernels.norms_blocks, i, j, scratch, trimming_, sizes, parts, scratch.work(reader.wide, reader.models))
+        total.add(i, j, parts.sum(0))
 
     yield Phase(task, reader.runs)
-    return parts.sum(0)
+    return total.value
 
 
 def _voting(rule: Rule, reader: Reader, norms: np.ndarray | None) -> Voting:
@@ -133,9 +135,9 @@ def _voting(rule: Rule, reader: Reader, norms: np.ndarray | None) -> Voting:
 
 
 class _Ranks:
-    """How a tensor is gone through by ranks: in blocks of whole rows, or row by row where a row is longer than a block.
+    """How a tensor is gone through by ranks: in blocks of whole rows, or some rows at a time where a row is longer than a block.
 
-    A class, for what both passes of a rule have in common: the numbers of its trim, and a long row's table of chances.
+    A class, for what both passes of a rule have in common: the numbers of its trim, and the long rows' tables of chances.
     """
 
     def __init__(self, rule: Rule, reader: Reader, keys: np.ndarray):
@@ -145,22 +147,25 @@ class _Ranks:
         self.densities = np.array(rule.trim.density, np.float32)
         self.spreads = np.array(rule.trim.spread, np.float32)
         self.divide = rule.trim.rescale == "density"
-        #: The runs of blocks, with the table of the row that each is in, if that is long.
-        self.tables: dict[tuple[int, int], np.ndarray | None] = dict.fromkeys(reader.runs)
+        self._each = -(-self.width // BLOCK)  # blocks of a long row
+        self._tables: dict[int, np.ndarray] = {}  # row -> float32 [M, buckets]
 
-    def prepare(self) -> Generator[Phase, list[Any], None]:
-        """Count the ranks of rows that are longer than a block."""
+    def phases(self, task: Callable[[int, int, Scratch], None]) -> Generator[Phase, list[Any], None]:
+        """Run the task for every run of blocks, once the ranks in its rows are known."""
         if not self.long:
+            yield Phase(task, self.reader.runs)
             return
-        self.tables = {}
-        each = len(self.reader.ranges) * self.width // self.reader.count
-        for first in range(0, len(self.reader.ranges), each):
-            row = [(i, i + 1) for i in range(first, first + each)]
-            self.tables.update(dict.fromkeys(row, (yield from self._table(row))))
+        blocks = len(self.reader.ranges)
+        step = self._each * max(1, min(_TOGETHER // self._each, 2 * _TOGETHER // self.reader.models))
+        for first in range(0, blocks, step):
+            runs = [(i, i + 1) for i in range(first, min(first + step, blocks))]
+            yield from self._count(runs)
+            yield Phase(task, runs)
 
-    def ranking(self, run: tuple[int, int], scratch: Scratch) -> Ranking:
-        """How the kernels rank a run of blocks."""
-        models, table, wide = self.reader.models, self.tables[run], self.reader.wide
+    def ranking(self, i: int, scratch: Scratch) -> Ranking:
+        """How the kernels rank the blocks from the i-th on."""
+        models, wide = self.reader.models, self.reader.wide
+        table = self._tables[i // self._each] if self.long else None
         buckets, held = BUCKETS if self.long else ROW_BUCKETS, min(self.width, BLOCK)
         return Ranking(
             self.width, self.long, self.divide, self.densities, self.spreads, self.keys,
@@ -170,44 +175,53 @@ class _Ranks:
             scratch.buffer("values", wide, held, models), scratch.buffer("places", np.uint16, held, models),
         )  # fmt: skip
 
-    def _table(self, row: Sequence[tuple[int, int]]) -> Generator[Phase, list[Any], np.ndarray]:
-        """The chances of a row's magnitudes, of which these blocks are the parts."""
+    def _count(self, runs: Sequence[tuple[int, int]]) -> Generator[Phase, list[Any], None]:
+        """Make the tables of the rows that these blocks are, in place of those of earlier rows."""
         reader = self.reader
+        rows = {i // self._each: Total((reader.models, BUCKETS), np.int64) for i, _ in runs}
 
-        def task(i: int, j: int, scratch: Scratch) -> np.ndarray:
+        def task(i: int, j: int, scratch: Scratch) -> None:
             start, stop = reader.span(i, j)
             addresses, _raws = reader.block(start, stop)
             counts: np.ndarray = np.zeros((reader.models, TABLES, BUCKETS), np.int32)
-            places: np.ndarray = np.zeros((reader.models, CHUNK), np.uint16)
-            work = scratch.work(reader.wide, reader.models)
-            kernels.count_ranks(addresses, reader.kinds, stop - start, counts, places, work)
-            return counts
+            places = scratch.buffer("places counted", np.uint16, CHUNK, reader.models)
+            kernels.count_ranks(
+                addresses, reader.kinds, stop - start, counts, places, scratch.work(reader.wide, reader.models)
+            )  # fmt: skip
+            row = i // self._each
+            rows[row].add(i, j, counts.sum(1), first=row * self._each)
 
-        counts = sum((yield Phase(task, row)), np.zeros((reader.models, TABLES, BUCKETS), np.int32))
-        table: np.ndarray = np.empty((reader.models, BUCKETS), np.float32)
-        kernels.chances_of(counts, self.densities, self.spreads, self.width, table)
-        return table
+        yield Phase(task, runs)
+        self._tables = {row: self._chances(total.value) for row, total in rows.items()}
+
+    def _chances(self, counts: np.ndarray) -> np.ndarray:
+        """`counts` `[M, buckets]` of a long row to the chances of being kept; equal magnitudes have their mean rank."""
+        twice = 2 * counts.cumsum(1) - counts - 1
+        slopes = (2 * self.spreads.astype(np.float64) / (self.width - 1)).astype(np.float32)
+        least = self.densities - self.spreads
+        found: np.ndarray = least[:, None] + slopes[:, None] * np.float32(0.5) * twice.astype(np.float32)
+        return found
 
 
 def _ranked(output: Output, rule: Rule, reader: Reader, keys: np.ndarray, merging: Merging) -> Job:
     """DELLA: rows that fit a block are ranked as they are merged; of a longer row the ranks are counted first."""
     ranks = _Ranks(rule, reader, keys)
-    yield from ranks.prepare()
     norms = None
     if rule.trim.rescale == "l1":
-        parts: np.ndarray = np.zeros((len(reader.ranges), reader.models, 3))
+        total = Total((reader.models, 3))
 
         def measure(i: int, j: int, scratch: Scratch) -> None:
+            parts: np.ndarray = np.zeros((j - i, reader.models, 3))
             work = scratch.work(reader.wide, reader.models)
-            reader.run(kernels.norms_ranked, i, j, scratch, ranks.ranking((i, j), scratch), parts[i:j], work)
+            reader.run(kernels.norms_ranked, i, j, scratch, ranks.ranking(i, scratch), parts, work)
+            total.add(i, j, parts.sum(0))
 
-        yield Phase(measure, list(ranks.tables))
-        norms = parts.sum(0)
+        yield from ranks.phases(measure)
+        norms = total.value
     voting = _voting(rule, reader, norms)
 
     def task(i: int, j: int, scratch: Scratch) -> None:
-        given = ranks.ranking((i, j), scratch)
-        merging.compute(output, reader, (i, j), scratch, kernels.merge_ranked, given, voting)
+        merging.compute(output, reader, (i, j), scratch, kernels.merge_ranked, ranks.ranking(i, scratch), voting)
 
-    yield Phase(task, list(ranks.tables))
+    yield from ranks.phases(task)
     yield from noted(reader, merging)

@@ -34,6 +34,29 @@ class Scratch:
         return self.buffer("work", dtype, CHUNK, models + 4)
 
 
+class Total:
+    """The sum of what a phase's tasks give, added up in the order of their ranges: the same bits whatever the threads.
+
+    Few parts are held at once, however many there are. A class, for it holds those that wait for an earlier one.
+    """
+
+    def __init__(self, shape: int | tuple[int, ...], dtype: Any = np.float64):
+        self.value: np.ndarray = np.zeros(shape, dtype)
+        self._waiting: dict[int, tuple[int, np.ndarray]] = {}
+        self._at: int | None = None
+        self._lock = threading.Lock()
+
+    def add(self, start: int, stop: int, part: np.ndarray, *, first: int = 0) -> None:
+        """Add the part of one range; ranges follow one another from `first`. Any thread may."""
+        with self._lock:
+            self._waiting[start] = stop, part
+            at = first if self._at is None else self._at
+            while at in self._waiting:
+                at, part = self._waiting.pop(at)
+                self.value += part
+            self._at = at
+
+
 class Phase(NamedTuple):
     """A task for each range of a tensor's elements: it's given start, stop and the thread's scratch."""
 

@@ -15,12 +15,13 @@ import numpy as np
 
 from interfuse.engine import kernels
 from interfuse.engine.reading import Reader
-from interfuse.engine.scheduler import Phase, Scratch
+from interfuse.engine.scheduler import Phase, Scratch, Total
 
 _NEIGHBOURS = 32  # elements that are sampled together
 _ROOM = 2**15  # magnitudes within a bracket that a run of blocks keeps
 _SMALL = 2**14  # elements of a tensor whose magnitudes are all kept
-_MOST = 2**24  # magnitudes that are kept of one tensor: 64 MiB
+_MOST = 2**24  # magnitudes that are kept of one tensor: 64 MiB, or 128 of float64
+_SAMPLED = 2**18  # places that are sampled, of all models' deltas together
 _WIDTH = 16  # bits that a histogram looks at
 
 
@@ -62,26 +63,26 @@ def most_varying(reader: Reader, density: float) -> Generator[Phase, list[Any], 
     """
     channel, bracket = np.zeros(1, np.int64), np.array([-1, np.inf], reader.wide)
     if reader.count > _SMALL:
-        runs = _runs(reader.count)
+        runs = _runs(reader.count, 1)
         [scores] = yield Phase(lambda start, stop, scratch: _sample(reader, runs, True, scratch), [(0, reader.count)])
         some = (scores[0] > 0).mean(1)
         bracket = _bracket(scores[0], density * some.mean(), reader.wide, density * float(some.std()))
     both = np.stack([bracket, np.zeros(2, reader.wide)])
-    found = yield from _count(reader, np.zeros(2, np.int64), both, shared=True)
-    keep = math.floor(density * sum(int(counts[1, 0]) for counts, _ in found))
+    found, inside = yield from _count(reader, np.zeros(2, np.int64), both, shared=True)
+    keep = math.floor(density * int(found[:, 1, 0].sum()))
     if not 0 < keep < reader.count:
         return _ALL if keep else _NONE
-    cut = yield from _cut(reader, 0, keep, bracket, [(counts[0], kept[0]) for counts, kept in found], shared=True)
+    cut = yield from _cut(reader, 0, keep, bracket, found[:, 0], inside and inside[0], shared=True)
     return cut or (yield from _by_histogram(reader, channel, [keep], shared=True))[0]
 
 
-def _runs(count: int) -> int:
+def _runs(count: int, models: int) -> int:
     """How many places of a tensor are sampled."""
-    return int(min(max(count // 2**14, 2**10), 2**15))
+    return min(max(count // 2**14, 2**10), 2**15, max(_SAMPLED // models, 2**8))
 
 
 def _by_bracket(reader: Reader, models: np.ndarray, keep: Sequence[int]) -> Generator[Phase, list[Any], list[Cut | None]]:
-    count, runs = reader.count, _runs(reader.count)
+    count, runs = reader.count, _runs(reader.count, reader.models)
     brackets = np.tile(np.array([-1, np.inf], reader.wide), (len(models), 1))
     if count > _SMALL:
         within = 6 / math.sqrt(runs * _NEIGHBOURS)  # of all entries, in a bracket
@@ -89,11 +90,11 @@ def _by_bracket(reader: Reader, models: np.ndarray, keep: Sequence[int]) -> Gene
             return [None] * len(models)
         [scores] = yield Phase(lambda start, stop, scratch: _sample(reader, runs, False, scratch), [(0, count)])
         brackets = np.stack([_bracket(scores[m], k / count, reader.wide) for m, k in zip(models, keep, strict=True)])
-    found = yield from _count(reader, models, brackets, shared=False)
+    found, inside = yield from _count(reader, models, brackets, shared=False)
     cuts: list[Cut | None] = []
     for c, k in enumerate(keep):
-        blocks = [(counts[c], kept[c]) for counts, kept in found]
-        cuts.append((yield from _cut(reader, models[c], k, brackets[c], blocks, shared=False)))
+        kept = inside and inside[c]
+        cuts.append((yield from _cut(reader, models[c], k, brackets[c], found[:, c], kept, shared=False)))
     return cuts
 
 
@@ -124,51 +125,54 @@ def _bracket(scores: np.ndarray, share: float, wide: Any, spread: float = 0.0) -
     return np.array([low, high], wide)
 
 
+#: Of each channel the magnitudes that were kept, in parts; None where they were too many.
+_Inside = list[list[np.ndarray]] | None
+
+
 def _count(
     reader: Reader, models: np.ndarray, brackets: np.ndarray, shared: bool
-) -> Generator[Phase, list[Any], list[tuple[np.ndarray, list[np.ndarray]]]]:
-    """For each block the counts `[C, 4]` of `kernels.count_blocks`, and each channel's magnitudes within its bracket.
+) -> Generator[Phase, list[Any], tuple[np.ndarray, _Inside]]:
+    """The counts `[blocks, C, 4]` of `kernels.count_blocks`, and the magnitudes within brackets, in the order of the blocks."""
+    channels = len(models)
+    found: np.ndarray = np.zeros((len(reader.ranges), channels, 4), np.int64)
+    room = [_MOST]  # for all blocks together, give or take what threads count at once
 
-    Of a run of blocks whose magnitudes don't fit, the last ones are missing.
-    """
+    def task(i: int, j: int, scratch: Scratch) -> list[np.ndarray] | None:
+        inside = scratch.buffer("inside", reader.wide, _ROOM, channels)
+        work, held = scratch.work(reader.wide, reader.models), np.zeros(channels, np.int64)
+        reader.run(kernels.count_blocks, i, j, scratch, shared, models, brackets, inside, held, found[i:j], work)
+        room[0] -= int(held.sum())
+        if room[0] < 0 or (held >= _ROOM).any():
+            room[0] = -1
+            return None
+        return [inside[c, : held[c]].copy() for c in range(channels)]
 
-    def task(i: int, j: int, scratch: Scratch) -> list[tuple[np.ndarray, list[np.ndarray]]]:
-        inside = scratch.buffer("inside", reader.wide, _ROOM, len(models))
-        found: np.ndarray = np.zeros((j - i, len(models), 4), np.int64)
-        work, held = scratch.work(reader.wide, reader.models), np.zeros(len(models), np.int64)
-        reader.run(kernels.count_blocks, i, j, scratch, shared, models, brackets, inside, held, found, work)
-        ends = np.cumsum(found[:, :, 3], axis=0)
-        starts = ends - found[:, :, 3]
-        return [
-            (found[b], [inside[c, starts[b, c] : ends[b, c]].copy() for c in range(len(models))]) for b in range(j - i)
-        ]  # fmt: skip
-
-    return [block for run in (yield Phase(task, reader.runs)) for block in run]
+    runs = yield Phase(task, reader.runs)
+    return found, None if room[0] < 0 else [[run[c] for run in runs if len(run[c])] for c in range(channels)]
 
 
 def _cut(
-    reader: Reader, model: int, k: int, bracket: np.ndarray, blocks: list[tuple[np.ndarray, np.ndarray]], shared: bool
+    reader: Reader, model: int, k: int, bracket: np.ndarray, found: np.ndarray, inside: list[np.ndarray] | None, shared: bool
 ) -> Generator[Phase, list[Any], Cut | None]:
-    """The cut from what a pass found, or None where it isn't within the bracket."""
-    above, top, bottom, between = (sum(int(found[i]) for found, _ in blocks) for i in range(4))
-    if any(found[3] > len(inside) for found, inside in blocks):
-        return None
+    """The cut from what a pass found, `[blocks, 4]`, or None where it isn't within the bracket."""
+    above, top, bottom, between = found.sum(0).tolist()
     k -= above
     if k == 0:
         return Cut(float(bracket[1]), 0)
     if 0 < k <= top:
-        value, each = float(bracket[1]), [int(found[1]) for found, _ in blocks]
-    elif top < k <= top + between:
-        inside = np.sort(np.concatenate([kept for _, kept in blocks]))[::-1]
-        value = float(inside[k - top - 1])
-        k -= top + int(np.count_nonzero(inside > value))
-        each = [int(np.count_nonzero(kept == value)) for _, kept in blocks]
+        value, each = float(bracket[1]), found[:, 1]
+    elif top < k <= top + between and inside is not None:
+        together = np.concatenate(inside)
+        value = float(np.partition(together, between - (k - top))[between - (k - top)])
+        k -= top + int(np.count_nonzero(~(together <= value)))  # NaN is above all
+        blocks = np.searchsorted(found[:, 3].cumsum(), np.flatnonzero(together == value), side="right")
+        each = np.bincount(blocks, minlength=len(found))
     elif top + between < k <= top + between + bottom:
-        value, each = float(bracket[0]), [int(found[2]) for found, _ in blocks]
+        value, each = float(bracket[0]), found[:, 2]
         k -= top + between
     else:
         return None
-    return (yield from _end(reader, model, value, k, each, shared))
+    return (yield from _end(reader, model, value, k, each.tolist(), shared))
 
 
 def _end(
@@ -197,16 +201,19 @@ def _by_histogram(reader: Reader, models: np.ndarray, keep: Sequence[int], share
     prefixes: np.ndarray = np.zeros(len(models), np.uint64)
     left = list(keep)
     for shift in range(bits - _WIDTH, -1, -_WIDTH):
+        total = Total((len(models), 1 << _WIDTH), np.int64)
 
-        def task(start: int, stop: int, scratch: Scratch, shift: int = shift) -> np.ndarray:
-            addresses, _raws = reader.block(start, stop)
+        def task(i: int, j: int, scratch: Scratch, shift: int = shift, total: Total = total) -> None:
             counts: np.ndarray = np.zeros((len(models), 1 << _WIDTH), np.int64)
             work = scratch.work(reader.wide, reader.models)
-            n = stop - start
-            kernels.histogram(addresses, reader.kinds, n, shared, models, prefixes, shift, _WIDTH, counts, work)
-            return counts
+            for start, stop in reader.ranges[i:j]:
+                addresses, _raws = reader.block(start, stop)
+                n = stop - start
+                kernels.histogram(addresses, reader.kinds, n, shared, models, prefixes, shift, _WIDTH, counts, work)
+            total.add(i, j, counts)
 
-        counts = sum((yield Phase(task, reader.ranges)), np.zeros((len(models), 1 << _WIDTH), np.int64))
+        yield Phase(task, reader.runs)
+        counts = total.value
         for c in range(len(models)):
             above = np.cumsum(counts[c][::-1])[::-1]  # at this bucket or above
             bucket = int(np.flatnonzero(above >= left[c])[-1])
@@ -214,9 +221,8 @@ def _by_histogram(reader: Reader, models: np.ndarray, keep: Sequence[int], share
             prefixes[c] = (prefixes[c] << np.uint64(_WIDTH)) | np.uint64(bucket)
     kind = np.uint32 if bits == 32 else np.uint64
     values = prefixes.astype(kind).view(reader.wide)
-    found = yield from _count(reader, models, np.stack([values, values], 1), shared)
+    found, _ = yield from _count(reader, models, np.stack([values, values], 1), shared)
     cuts = []
     for c, value in enumerate(values):
-        each = [int(counted[c][1]) for counted, _ in found]
-        cuts.append((yield from _end(reader, models[c], float(value), left[c], each, shared)))
+        cuts.append((yield from _end(reader, models[c], float(value), left[c], found[:, c, 1].tolist(), shared)))
     return cuts

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from interfuse.checkpoints.numbers import narrow, nonfinite, widen
-from interfuse.checkpoints.source import BLOCK
+from interfuse.checkpoints.source import BLOCK, spans
+from interfuse.engine.kernels import FEW
 from interfuse.engine.merging import Merging, noted, reader_of
 from interfuse.engine.reading import Reader
 from interfuse.engine.rules import keys_of
-from interfuse.engine.scheduler import Job, Phase, Scratch
+from interfuse.engine.scheduler import Job, Phase, Scratch, Total
 from interfuse.methods.forms import Block, Combination
 from interfuse.plan import Call, Output
 from interfuse.registry import Method, find
@@ -47,13 +48,23 @@ class _Tensor:
 
     def __iter__(self) -> Iterator[Block]:
         """Every block in order."""
-        for start, stop in self._reader.ranges:
-            values = values_of(self._reader, start, stop, np.float32)
+        for start, stop in _pieces(self._reader):
+            values = values_of(self._reader, start, stop, self._reader.wide)
             if self._reader.based:
                 values[1:] -= values[0]
                 yield Block(start, values[0], values[1:])
             else:
                 yield Block(start, None, values)
+
+
+def _pieces(reader: Reader) -> list[tuple[int, int]]:
+    """A tensor's blocks as methods are given them."""
+    return reader.ranges if _most(reader) == BLOCK else spans(reader.shape, _most(reader))
+
+
+def _most(reader: Reader) -> int:
+    """Elements of a piece: a block's for a few models, fewer for more, so that memory doesn't depend on their number."""
+    return BLOCK if reader.models <= FEW else max(BLOCK * FEW // reader.models, 1)
 
 
 def values_of(reader: Reader, start: int, stop: int, kind: Any) -> np.ndarray:
@@ -93,9 +104,9 @@ def _matrix(
 ) -> None:
     """A whole matrix, `[out, in]`; a convolution's is `[out, in * k * k]`."""
     rows = reader.shape[0]
-    deltas: np.ndarray = np.empty((reader.models, reader.count), np.float32)
+    deltas: np.ndarray = np.empty((reader.models, reader.count), reader.wide)
     for start, stop in reader.ranges:
-        values = values_of(reader, start, stop, np.float32)
+        values = values_of(reader, start, stop, reader.wide)
         deltas[:, start:stop] = values[1:] - values[0] if reader.based else values
     said = not np.isfinite(deltas).all()
     if said:  # no decomposition has an answer: said, and where allowed the mean stands in
@@ -105,38 +116,54 @@ def _matrix(
         merged = np.asarray(method.make(deltas.reshape(reader.models, rows, -1), weights, **options)).reshape(-1)
     for start, stop in reader.ranges:
         values = merged[start:stop]
-        base = values_of(reader, start, stop, np.float32)[0] if reader.based else 0
-        _put(output, start, np.float32(base) + values if not reader.based else base + values, reader, merging, said=said)
+        if reader.based:
+            values = values_of(reader, start, stop, reader.wide)[0] + values
+        _put(output, start, values, reader, merging, said=said)
 
 
 def by_axis(output: Output, call: Call, method: Method, axis: int, merging: Merging) -> Job:
-    """Coefficients for each vector along an axis of a tensor: its last (rows), or its first (columns)."""
-    reader = reader_of(output, call, merging)
-    width = math.prod(reader.shape[1:]) if axis == 0 else reader.shape[-1]
-    whole = max(1, BLOCK // max(width, 1)) * max(width, 1)
-    spans = [(start, min(start + whole, reader.count)) for start in range(0, reader.count, whole)]
-    options = dict(call.options)
+    """Coefficients for each vector along an axis of a tensor: its last (rows), or its first (columns).
+
+    Rows that fit a block are merged as they are read; other vectors take a pass for their inner products first.
+    """
+    reader, options = reader_of(output, call, merging), dict(call.options)
+    width = max(math.prod(reader.shape[1:]) if axis == 0 else reader.shape[-1], 1)
+    lines = "arc,brc->cab" if axis == 0 else "arc,brc->rab"
 
     def vectors(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        values = values_of(reader, start, stop, np.float64).reshape(-1, (stop - start) // width, width)
+        columns = min(width, stop - start)  # whole rows, or a part of one
+        values = values_of(reader, start, stop, np.float64).reshape(-1, (stop - start) // columns, columns)
         return values, values[1:] - values[0] if reader.based else values
 
-    def gram(start: int, stop: int, scratch: Scratch) -> np.ndarray:
-        _, found = vectors(start, stop)
-        return np.einsum("arc,brc->cab", found, found)
+    for pieces in _strips(reader, width, axis):
+        total = None
+        if axis == 0 or pieces[0][1] - pieces[0][0] < width:
+            vectors_here = min(width, pieces[0][1] - pieces[0][0]) if axis == 0 else 1
+            total = Total((vectors_here, reader.models, reader.models))
 
-    columns: np.ndarray | None = None
-    if axis == 0:
-        columns = sum((yield Phase(gram, spans)), np.zeros((width, reader.models, reader.models)))
+            def gram(i: int, j: int, scratch: Scratch, pieces: Any = pieces, total: Any = total) -> None:
+                _, found = vectors(*pieces[i])
+                total.add(i, j, np.einsum(lines, found, found))
 
-    def task(start: int, stop: int, scratch: Scratch) -> None:
-        values, found = vectors(start, stop)
-        products = np.einsum("arc,brc->rab", found, found) if columns is None else columns
-        combination = method.make(call.weights, products, **options)
-        _put(output, start, _combine(combination, values, reader.based, rows=columns is None), reader, merging)
+            yield Phase(gram, [(i, i + 1) for i in range(len(pieces))])
 
-    yield Phase(task, spans)
+        def task(start: int, stop: int, scratch: Scratch, total: Any = total) -> None:
+            values, found = vectors(start, stop)
+            products = np.einsum(lines, found, found) if total is None else total.value
+            combination = method.make(call.weights, products, **options)
+            _put(output, start, _combine(combination, values, reader.based, rows=axis != 0), reader, merging)
+
+        yield Phase(task, pieces)
     yield from noted(reader, merging)
+
+
+def _strips(reader: Reader, width: int, axis: int) -> list[list[tuple[int, int]]]:
+    """A tensor of rows of `width` in pieces, in order, those together that have parts of the same vectors."""
+    pieces, strips = spans((reader.count // width, width), _most(reader)), {}
+    for start, stop in pieces:
+        cut = stop - start < width
+        strips.setdefault((start % width if axis == 0 else start // width) if cut else -1, []).append((start, stop))
+    return list(strips.values())
 
 
 def _combine(combination: Combination, values: np.ndarray, based: bool, *, rows: bool) -> np.ndarray:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from interfuse.engine.kernels import CHUNK, MAPPED
+from interfuse.engine.kernels import CHUNK
 from interfuse.engine.loops.decorators import compiled
 from interfuse.engine.loops.numbers import bits_of, pointer
-from interfuse.engine.loops.streams import populate, take
+from interfuse.engine.loops.streams import take
 from interfuse.engine.loops.trimming import deltas_of, variance_of
 
 _SCAN = 32  # entries that are looked at together, for few of them are sought
@@ -41,9 +41,6 @@ def sample_runs(stream, count, shared, hashes, out, work):  # type: ignore[no-un
     """Runs of neighbouring scores, evenly spread over `count` elements, into `out` `[channels, runs, length]`."""
     channels, runs, length = out.shape
     stride = count // runs
-    for k in range(len(stream.handles)):
-        if stream.handles[k] == MAPPED:
-            populate(stream.addresses[k], count * stream.sizes[k])
     for run in range(runs):
         failed = take(stream, 0, run * stride, length, hashes, False)
         if failed:
@@ -110,7 +107,7 @@ def _collect(scores, low, high, n, out, flags):  # type: ignore[no-untyped-def]
     place = np.uint64(flags.ctypes.data)
     marks, words = carray(pointer(place), CHUNK, np.uint8), carray(pointer(place), CHUNK // 8, np.uint64)
     for i in range(n):
-        marks[i] = np.uint8((abs(scores[i]) > low) & (abs(scores[i]) < high))
+        marks[i] = np.uint8((not abs(scores[i]) <= low) & (not abs(scores[i]) >= high))  # NaN is counted, and kept, too
     for i in range(n, (n + 7) // 8 * 8):
         marks[i] = np.uint8(0)
     at = np.int64(0)

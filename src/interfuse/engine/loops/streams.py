@@ -16,7 +16,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from interfuse.engine.kernels import MAPPED, NOTHING, SHORT
+from interfuse.engine.kernels import NOTHING, SHORT
 from interfuse.engine.loops.decorators import compiled
 
 _SECRET = bytes.fromhex(
@@ -41,9 +41,6 @@ _MIX = np.uint64(0x165667919E3779F9)
 
 
 pread = types.ExternalFunction("pread", types.int64(types.int32, types.uint64, types.uint64, types.int64))
-madvise = types.ExternalFunction("madvise", types.int32(types.uint64, types.uint64, types.int32))
-_POPULATE_READ = 22  # Linux 5.14: map all pages at once, not one fault after the other; elsewhere an error without effect
-_PAGE = np.uint64(4096)
 
 
 def _stripe(builder: Any, lanes: Any, data: Any, key: Any) -> Any:
@@ -135,13 +132,6 @@ def xxh3(address, nbytes, out, lanes):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def populate(address, nbytes):  # type: ignore[no-untyped-def]
-    """Have the pages of a mapped file mapped that hold these bytes."""
-    before = np.uint64(address % _PAGE)
-    madvise(np.uint64(address - before), np.uint64(np.uint64(nbytes) + before), _POPULATE_READ)
-
-
-@compiled
 def take(stream, begin, start, n, hashes, hashing):  # type: ignore[no-untyped-def]
     """Read a block of `n` elements from `start` on, in a run that begins at `begin`: where they are is in `stream.room`.
 
@@ -159,8 +149,6 @@ def take(stream, begin, start, n, hashes, hashing):  # type: ignore[no-untyped-d
                 return k + 1
         else:
             address = np.uint64(address + np.uint64((start - begin) * size))
-            if handle == MAPPED and hashing:
-                populate(address, n * size)
         stream.room[k] = address
         if hashing and n * size > SHORT:
             xxh3(address, n * size, hashes[k], stream.room[inputs:])
