@@ -135,7 +135,7 @@ def _voting(rule: Rule, reader: Reader, norms: np.ndarray | None) -> Voting:
 
 
 class _Ranks:
-    """How a tensor is gone through by ranks: in blocks of whole rows, or some rows at a time where a row is longer than a block.
+    """How a tensor is gone through by ranks: in blocks of whole rows, or by some rows where a row is longer than one.
 
     A class, for what both passes of a rule have in common: the numbers of its trim, and the long rows' tables of chances.
     """

@@ -72,7 +72,7 @@ def most_varying(reader: Reader, density: float) -> Generator[Phase, list[Any], 
     keep = math.floor(density * int(found[:, 1, 0].sum()))
     if not 0 < keep < reader.count:
         return _ALL if keep else _NONE
-    cut = yield from _cut(reader, 0, keep, bracket, found[:, 0], inside and inside[0], shared=True)
+    cut = yield from _cut(reader, 0, keep, bracket, found[:, 0], None if inside is None else inside[0], shared=True)
     return cut or (yield from _by_histogram(reader, channel, [keep], shared=True))[0]
 
 
@@ -93,7 +93,7 @@ def _by_bracket(reader: Reader, models: np.ndarray, keep: Sequence[int]) -> Gene
     found, inside = yield from _count(reader, models, brackets, shared=False)
     cuts: list[Cut | None] = []
     for c, k in enumerate(keep):
-        kept = inside and inside[c]
+        kept = None if inside is None else inside[c]
         cuts.append((yield from _cut(reader, models[c], k, brackets[c], found[:, c], kept, shared=False)))
     return cuts
 

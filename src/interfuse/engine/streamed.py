@@ -138,8 +138,8 @@ def by_axis(output: Output, call: Call, method: Method, axis: int, merging: Merg
     for pieces in _strips(reader, width, axis):
         total = None
         if axis == 0 or pieces[0][1] - pieces[0][0] < width:
-            vectors_here = min(width, pieces[0][1] - pieces[0][0]) if axis == 0 else 1
-            total = Total((vectors_here, reader.models, reader.models))
+            count = min(width, pieces[0][1] - pieces[0][0]) if axis == 0 else 1
+            total = Total((count, reader.models, reader.models))
 
             def gram(i: int, j: int, scratch: Scratch, pieces: Any = pieces, total: Any = total) -> None:
                 _, found = vectors(*pieces[i])
@@ -159,8 +159,8 @@ def by_axis(output: Output, call: Call, method: Method, axis: int, merging: Merg
 
 def _strips(reader: Reader, width: int, axis: int) -> list[list[tuple[int, int]]]:
     """A tensor of rows of `width` in pieces, in order, those together that have parts of the same vectors."""
-    pieces, strips = spans((reader.count // width, width), _most(reader)), {}
-    for start, stop in pieces:
+    strips: dict[int, list[tuple[int, int]]] = {}
+    for start, stop in spans((reader.count // width, width), _most(reader)):
         cut = stop - start < width
         strips.setdefault((start % width if axis == 0 else start // width) if cut else -1, []).append((start, stop))
     return list(strips.values())
