@@ -131,6 +131,13 @@ def test_kept_tensors_come_from_the_base() -> None:
     assert (slot.group.copied, slot.group.sources) == (True, (Reference("base"),))
 
 
+def test_a_kept_tensor_that_is_tied_is_read_from_no_other_model() -> None:
+    heads = {"a": header(net(2, head=False), {"model_type": "llama"}), "base": header(net(2), {"model_type": "llama"})}
+    found = laid({"models": ["a"], "base_model": "base", "keep": ["lm_head"]}, heads)
+    slot = next(slot for slot in found.slots if slot.name == "lm_head.weight")
+    assert (found.problems, found.notes, slot.group.sources) == ((), (), (Reference("base"),))
+
+
 def test_a_tied_output_layer_may_be_in_one_file_alone() -> None:
     config = {"model_type": "llama", "tie_word_embeddings": True}
     full, small = header(net(2), config), header(net(2, head=False), config)

@@ -78,7 +78,8 @@ class _Work:
             self.problems.append(Problem(path, f"{model} holds no tensor", "give a checkpoint with weights"))
         if lead is not None and names.keys() != lead.names.keys():
             names, note = match_names(self.headers[lead.reference].specs, header.specs)
-            names, notes = tie(names, header.specs, header.config, lead.names)
+            wanted = {name: there for name, there in lead.names.items() if name in names or not self.keep(name)}
+            names, notes = tie(names, header.specs, header.config, wanted)
             self.notes += [f"{path} ({model}): {said}" for said in (note, *notes) if said]
         names = {name: there for name, there in names.items() if not self.drop(name)} if self.drop else names
         same = lead is not None and names.keys() == lead.names.keys()
