@@ -104,5 +104,6 @@ def test_parts_that_are_listed_and_not_there_are_noted(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     assert missing_parts(tmp_path) == ["vae is listed, and wasn't there to come along"]
     (tmp_path / "model_index.json").unlink()
-    (tmp_path / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "unet"}, {"path": "2_Dense"}]))
+    normalize = {"path": "3_Normalize", "type": "sentence_transformers.models.Normalize"}
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "unet"}, {"path": "2_Dense"}, normalize]))
     assert missing_parts(tmp_path) == ["2_Dense is listed, and wasn't there to come along"]
