@@ -270,6 +270,16 @@ def test_modules_are_found_by_prefix_or_by_the_last_part_of_one() -> None:
     assert "modules.encoder: 'model.encoder.layers.0.w' is in model too" in wrong(overlap, heads)[0]
 
 
+def test_a_module_may_be_one_layer() -> None:
+    heads = {"a": header(net(12)), "b": header(net(12))}
+    slots = sound({"modules": {"model.layers.1": {"models": ["b"]}, "default": {"models": ["a"]}}}, heads)
+    assert {name for name, slot in slots.items() if slot.group.sources == (Reference("b"),)} == {
+        "model.layers.1.attn.weight",
+        "model.layers.1.mlp.weight",
+    }
+    assert slots["model.layers.1.mlp.weight"].t == 1 / 11
+
+
 def test_an_empty_model_is_said() -> None:
     assert wrong({"models": ["a"]}, {"a": header([])})[0] == "models[0]: a holds no tensor; give a checkpoint with weights"
 

@@ -297,6 +297,29 @@ def test_different_architectures_list_every_mismatch() -> None:
         merge("linear", {"small": net(), "shallow": shallow})
 
 
+def test_what_does_not_fit_is_dropped_or_kept_where_that_is_asked_for() -> None:
+    one, two = (
+        {"w": torch.ones(2), "ids": torch.tensor([1])},
+        {"w": torch.zeros(2), "ids": torch.tensor([2]), "new": torch.ones(3)},
+    )
+    with pytest.raises(CheckpointError, match=r"'new' is extra.*`drop` or `keep`"):
+        merge("linear", [one, two], keep=["ids"])
+    both = merge("linear", [one, two], keep=["ids", "new"])
+    assert {name: tensor.tolist() for name, tensor in both.items()} == {"w": [0.5, 0.5], "ids": [1], "new": [1, 1, 1]}
+    assert list(merge("linear", [one, two], drop=["ids", "new"])) == ["w"]
+    with pytest.raises(CheckpointError, match=r"drop\[0\]: 'old' matches no tensor"):
+        merge("linear", [one, one], drop=["old"])
+    with pytest.raises(OptionError, match=r"keep: got 'ids'; a list"):
+        merge("linear", [one, one], keep="ids")
+
+
+def test_a_module_has_no_place_for_what_another_has_beyond_it() -> None:
+    small, large = torch.nn.Sequential(torch.nn.Linear(1, 1)), torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    with pytest.raises(ModelError, match=r"'1\.weight': has no place in the result; name it under `drop`"):
+        merge("linear", [small, large], keep=["1.*"])
+    assert list(merge("linear", [small, large], drop=["1.*"]).state_dict()) == ["0.weight", "0.bias"]
+
+
 def test_data_parallel_names_are_resolved() -> None:
     a, b = net(1), torch.nn.DataParallel(net(2))
     got = merge("linear", [a, b])

@@ -25,7 +25,7 @@ def find_parts(parts: Iterable[str], names: Collection[str]) -> tuple[dict[str, 
     problems: list[Problem] = []
     prefixes = _prefixes(names)
     for part in parts:
-        test = _test(part, prefixes)
+        test = _test(part, prefixes, names)
         if part != "default" and not any(map(test, names)):
             problems.append(Problem(f"modules.{part}", "no tensor is in it", nearest(part, [*prefixes, *_ROLES])))
         tests[part] = test
@@ -40,10 +40,10 @@ def find_parts(parts: Iterable[str], names: Collection[str]) -> tuple[dict[str, 
     return tests, problems
 
 
-def _test(part: str, prefixes: Collection[str]) -> Test:
+def _test(part: str, prefixes: Collection[str], names: Collection[str]) -> Test:
     inner = [prefix for prefix in prefixes if prefix == part or prefix.endswith(f".{part}")]
     outermost = [prefix for prefix in inner if not any(prefix.startswith(f"{other}.") for other in inner)]
-    if part in prefixes:
+    if part in prefixes or any(name.startswith(f"{part}.") for name in names):  # `layers.3`: numbers are in no prefix
         outermost = [part]
     if outermost:
         heads = tuple(f"{prefix}." for prefix in outermost)

@@ -48,6 +48,8 @@ def merge(
     dtype: str | torch.dtype | None = None,
     tokenizer: str | Path | Mapping[str, Any] | None = None,
     chat_template: str | None = None,
+    drop: Sequence[str] | None = None,
+    keep: Sequence[str] | None = None,
     seed: int = 0,
     threads: int | None = None,
     allow_nonfinite: bool = False,
@@ -65,13 +67,15 @@ def merge(
 
     `weights` is one number a model (1 each; a mapping goes by the models' names), `dtype` the type of the result's
     floating-point tensors (that of the base or first). `tokenizer` (`"union"`, `"base"`, a model's path, or what a recipe has
-    under `tokenizer`) gives models of other tokens, as paths, one vocabulary; `chat_template` is as in a recipe. `seed` is
-    that of all chance, `threads` how many (as many as there are processors; the bytes are the same). `options` are the
-    method's own, in any form that a recipe may have them: a number, a list over depth, filters; one with a value a model
-    may also be a mapping by the models' names. An option named `lambda` is also taken as `lambda_`. NaN or infinity is an
-    error unless `allow_nonfinite`. `device` "cuda" merges there what can be, as it does where modules or tensors are on a GPU
-    (docs/devices.md). Raises `OptionError`, `CheckpointError`, `RecipeError` for the tokenizer or, for modules,
-    `ModelError`, with every mismatch, and then nothing is written.
+    under `tokenizer`) gives models of other tokens, as paths, one vocabulary; `chat_template` is as in a recipe. `drop` and
+    `keep` are patterns of tensors' names, as in a recipe: those that are left out (in a module, they stay the reference's),
+    and those that are taken as they are from the base, else from the first model that has them. `seed` is that of all chance,
+    `threads` how many (as many as there are processors; the bytes are the same). `options` are the method's own, in any form
+    that a recipe may have them: a number, a list over depth, filters; one with a value a model may also be a mapping by the
+    models' names. An option named `lambda` is also taken as `lambda_`. NaN or infinity is an error unless `allow_nonfinite`.
+    `device` "cuda" merges there what can be, as it does where modules or tensors are on a GPU (docs/devices.md). Raises
+    `OptionError`, `CheckpointError`, `RecipeError` for the tokenizer or, for modules, `ModelError`, with every mismatch, and
+    then nothing is written.
     """
     if isinstance(models, (str, Path)):
         raise OptionError(Problem("models", f"got {str(models)!r}", "give a list of models"))
@@ -83,7 +87,7 @@ def merge(
     if kind != "path" and out is not None:
         raise OptionError(Problem("out", f"got {str(out)!r}", f"a merge of {kind}s is returned: leave it out"))
     given, called, ancestor = _named(refs, base, names, in_memory=kind != "path")
-    words = _words(tokenizer, chat_template, kind)
+    words = _words(tokenizer, chat_template, kind) | _patterns(drop=drop, keep=keep)
     recipe = _recipe(method, called, ancestor, names, weights, None if dtype is None else str(dtype), seed, options, words)
     if kind != "path" and gives_tasks(recipe):
         raise OptionError(Problem("output", f"got 'per_task' for {kind}s", "give paths, and out=FOLDER: it's a folder's form"))
@@ -119,6 +123,11 @@ def _words(tokenizer: str | Path | Mapping[str, Any] | None, chat_template: str 
     key = "tokenizer" if isinstance(tokenizer, Mapping) else "tokenizer_source"
     words = {key: str(tokenizer) if isinstance(tokenizer, Path) else tokenizer, "chat_template": chat_template}
     return {key: value for key, value in words.items() if value is not None}
+
+
+def _patterns(**given: Sequence[str] | None) -> dict[str, Any]:
+    """What a recipe has under `drop` and `keep`; a text isn't a list of letters."""
+    return {key: value if isinstance(value, str) else list(value) for key, value in given.items() if value is not None}
 
 
 def _named(
@@ -235,6 +244,10 @@ def _as_module(reference: torch.nn.Module, arrays: Mapping[str, np.ndarray], pla
 
     result = copy.deepcopy(reference)
     state = result.state_dict(keep_vars=True)
+    beyond = [name for name in arrays if name not in state]
+    if beyond:
+        wrong, allowed = "has no place in the result", "name it under `drop`"
+        raise ModelError(*(Problem(f"tensor {name!r}", wrong, allowed) for name in beyond))
     _check_ties(state, arrays)
     merged = {name: to_tensor(array, plan.specs[name].dtype) for name, array in arrays.items()}
     for name, tensor in merged.items():
@@ -265,10 +278,11 @@ def _as_mapping(reference: Mapping[str, Any], arrays: Mapping[str, np.ndarray], 
     result: dict[str, Any] = {}
     for name, array in arrays.items():
         dtype = plan.specs[name].dtype
-        if not isinstance(reference[name], np.ndarray):
+        like = reference[name] if name in reference else next(iter(reference.values()))  # a kept one may be another model's
+        if not isinstance(like, np.ndarray):
             from interfuse.checkpoints.tensors import to_tensor
 
-            result[name] = to_tensor(array, dtype).to(reference[name].device)
+            result[name] = to_tensor(array, dtype).to(like.device)
         elif dtype == "BF16":
             raise OptionError(Problem("dtype", "NumPy has no bfloat16", "give torch tensors, or another dtype"))
         else:
