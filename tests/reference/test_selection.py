@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from interfuse.methods.balance import arcee_fusion, pcb
 from interfuse.methods.forms import Block
-from interfuse.methods.selection import consensus, emr, emr_masks, emr_scales, emr_sums, magmax, nearswap, ram, ramplus_tl
+from interfuse.methods.selection import PER_TASK, consensus, emr, magmax, nearswap, ram, ramplus_tl
 
 few = settings(deadline=None, max_examples=40)
 
@@ -159,16 +159,20 @@ def test_emr(seed: int, count: int, shape: tuple[int, ...], length: int) -> None
     tensor, weights = Memory(base, models, length), WEIGHTS[:count]
     unified, masks, scales = emr_reference(exact(base, models, weights))
     np.testing.assert_array_equal(run(emr, tensor, weights), unified)
-    got = np.concatenate([emr_masks(block, weights) for block in tensor], axis=1)
+    found = [PER_TASK["emr"](block, weights, {}) for block in tensor]
+    got = np.concatenate([tasks.masks for tasks in found], axis=1)
     np.testing.assert_array_equal(got.reshape(masks.shape), masks)
-    np.testing.assert_allclose(emr_scales(emr_sums(tensor, weights)), scales, rtol=1e-12)
+    own, kept = np.sum([tasks.sums for tasks in found], axis=0)
+    np.testing.assert_allclose(np.divide(own, kept, out=np.zeros(count), where=kept > 0), scales, rtol=1e-12)
 
 
 def test_emr_keeps_each_tasks_mean_magnitude() -> None:
     base, models = tensors(3, 4, (30, 20))
     d = exact(base, models, (1.0,) * 4)
     tensor = Memory(base, models)
-    unified, scales = run(emr, tensor, (1.0,) * 4), emr_scales(emr_sums(tensor, (1.0,) * 4))
+    unified = run(emr, tensor, (1.0,) * 4)
+    own, kept = np.sum([PER_TASK["emr"](block, (1.0,) * 4, {}).sums for block in tensor], axis=0)
+    scales = own / kept
     for one, scale in zip(d, scales, strict=True):
         task = scale * unified * (one * unified > 0)
         assert abs(task).mean() == pytest.approx(abs(one).mean())

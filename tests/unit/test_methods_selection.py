@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from interfuse.errors import OptionError
 from interfuse.methods import balance, exact
 from interfuse.methods.balance import arcee_fusion, pcb
 from interfuse.methods.forms import Block
-from interfuse.methods.selection import consensus, emr, emr_scales, emr_sums, magmax, nearswap, ram, ramplus_tl
+from interfuse.methods.selection import PER_TASK, consensus, emr, magmax, nearswap, ram, ramplus_tl
 from interfuse.registry import find
 
 Method = Callable[..., Any]
@@ -146,10 +145,11 @@ def test_two_models_beside_the_base_are_an_error(method: Method, options: dict[s
         method(Memory(np.zeros(2), np.zeros((2, 2))), (1.0, 1.0), **options)
 
 
-def test_emr_of_a_model_without_a_change_has_scale_0() -> None:
-    sums = emr_sums(Memory(np.zeros(2), np.array([[1.0, -3.0], [0.0, 0.0]])), (1.0, 1.0))
-    assert sums.tolist() == [[4, 0], [4, 0]]
-    assert emr_scales(sums).tolist() == [1, 0]
+def test_emr_of_a_model_without_a_change_keeps_nothing() -> None:
+    [block] = Memory(np.zeros(2), np.array([[1.0, -3.0], [0.0, 0.0]]))
+    found = PER_TASK["emr"](block, (1.0, 1.0), {})
+    assert found.sums.tolist() == [[4, 0], [4, 0]]
+    assert found.masks.tolist() == [[True, True], [False, False]]
 
 
 @pytest.mark.parametrize(
@@ -180,33 +180,15 @@ def blocks_of(rows: np.ndarray, length: int) -> Callable[[], Iterator[np.ndarray
     return lambda: (rows[:, start : start + length] for start in range(0, rows.shape[1], length))
 
 
-@given(SCORES, st.integers(1, 9))
+@given(SCORES, st.integers(1, 9), st.sampled_from([np.float32, np.float64]))
 @few
-def test_order_statistics_are_those_of_a_sort(values: list[float], length: int) -> None:
-    rows = np.array([values, values[::-1]], np.float32)
+def test_order_statistics_are_those_of_a_sort(values: list[float], length: int, kind: Any) -> None:
+    rows = np.array([values, values[::-1]], kind) / kind(3)
     ranks = [0, len(values) // 2, len(values) - 1]
     got = exact.order_statistics(blocks_of(rows, length), 2, ranks)
+    assert got.dtype == kind
     np.testing.assert_array_equal(got, np.sort(rows, 1)[:, ranks])
     assert not np.signbit(got[got == 0]).any()
-
-
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40), st.integers(1, 9))
-@few
-def test_magnitudes_are_summed_exactly(values: list[float], length: int) -> None:
-    rows = np.array([values], np.float32)
-    expected = float(sum(Fraction(abs(value)) for value in values))
-    assert exact.magnitudes(blocks_of(rows, length)(), 1).tolist() == [expected]
-
-
-def test_magnitudes_below_the_normal_range_are_summed_exactly() -> None:
-    row = np.array([[1e-42, -1e-45, 2e-38]], np.float32)
-    for part in (row, row[:, :2]):
-        assert exact.magnitudes([part], 1).tolist() == [abs(part.astype(np.float64)).sum()]
-
-
-def test_magnitudes_that_are_not_finite_are_nan() -> None:
-    assert np.isnan(exact.magnitudes([np.array([[1, np.inf], [np.nan, 1]], np.float32)], 2)).all()
-    assert exact.magnitudes([], 2).tolist() == [0, 0]
 
 
 def test_a_row_without_scores_has_zeros() -> None:

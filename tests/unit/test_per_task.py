@@ -172,7 +172,7 @@ def test_a_network_is_filled_with_a_tasks_weights(tmp_path: Path) -> None:
 def test_blocks_and_threads_change_no_byte_and_parts_are_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, shapes={"w": (100, 81)})
     first = merged(tmp_path, threads=1)
-    monkeypatch.setattr(per_task, "BLOCK", 64)
+    monkeypatch.setattr(per_task, "most_of", lambda reader: 64)
     second = merged(tmp_path, out="again", threads=3)
     for name in NAMES:
         path = f"tasks/{name}/mask.safetensors"

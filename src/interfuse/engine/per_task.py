@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from interfuse.checkpoints.shards import ShardWriter
-from interfuse.checkpoints.source import BLOCK, TensorSpec
+from interfuse.checkpoints.source import TensorSpec
 from interfuse.checkpoints.tasks import FOLDER, MASK, TABLE, pack, packed, task_table
 from interfuse.engine.merging import Merging, reader_of
 from interfuse.engine.reading import Reader
-from interfuse.engine.scheduler import Job, Phase, Scratch, run_jobs
-from interfuse.engine.streamed import values_of
+from interfuse.engine.scheduler import Job, Phase, Scratch, Total, run_jobs
+from interfuse.engine.streamed import most_of, values_of
 from interfuse.methods.forms import Block
 from interfuse.methods.selection import PER_TASK
 from interfuse.plan import Call, Output, Plan
@@ -29,8 +29,8 @@ from interfuse.recipe import Recipe
 from interfuse.recipe.check import names_of
 from interfuse.recipe.references import Reference
 
-#: Sums of a block: of each task, two numbers whose quotient over all blocks is its scale.
-_Sums = dict[str, list[np.ndarray]]
+#: Sums of a tensor, [2, tasks]: of each task, two numbers whose quotient over all tensors is its scale.
+_Sums = dict[str, np.ndarray]
 
 
 def write_tasks(plan: Plan, merging: Merging, folder: Path, written: Mapping[str, Any], *, threads: int | None = None) -> bool:
@@ -52,7 +52,7 @@ def write_tasks(plan: Plan, merging: Merging, folder: Path, written: Mapping[str
     with contextlib.ExitStack() as files:
         writers = [files.enter_context(_writer(folder / FOLDER / name, specs)) for name in names]
         run_jobs((_masking(output, merging, writers, sums) for output in masked), threads or len(os.sched_getaffinity(0)))
-    scales = {name: _scale(k, [block for output in masked for block in sums[output.name]]) for k, name in enumerate(names)}
+    scales = {name: _scale(k, [sums[output.name] for output in masked]) for k, name in enumerate(names)}
     tensors = {}
     for output in masked:
         assert output.base is not None
@@ -81,22 +81,25 @@ def _masking(output: Output, merging: Merging, writers: Sequence[ShardWriter], s
     reader, options = reader_of(output, call, merging), dict(call.options)
     tasks = PER_TASK[call.method]
 
-    def task(start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    total = Total((2, reader.models))
+
+    def task(start: int, stop: int, scratch: Scratch) -> None:
         found = tasks(_block(reader, start, stop), call.weights, options)
         for writer, bits in zip(writers, pack(found.masks), strict=True):
             writer.write(output.name, start // 8, bits)
-        return found.sums
+        total.add(start, stop, found.sums)
 
-    count = reader.count
-    sums[output.name] = yield Phase(task, [(at, min(at + BLOCK, count)) for at in range(0, count, BLOCK)])
+    count, most = reader.count, max(most_of(reader) // 8, 1) * 8
+    yield Phase(task, [(at, min(at + most, count)) for at in range(0, count, most)])
+    sums[output.name] = total.value
 
 
 def _block(reader: Reader, start: int, stop: int) -> Block:
-    values = values_of(reader, start, stop, np.float32)
+    values = values_of(reader, start, stop, reader.wide)
     return Block(start, values[0], values[1:] - values[0])
 
 
-def _scale(task: int, blocks: Sequence[np.ndarray]) -> float:
+def _scale(task: int, tensors: Sequence[np.ndarray]) -> float:
     """sum |d_i| / sum |what the mask keeps|, or 0 where nothing is kept."""
-    own, kept = (math.fsum(float(block[row, task]) for block in blocks) for row in (0, 1))
+    own, kept = (math.fsum(float(found[row, task]) for found in tensors) for row in (0, 1))
     return own / kept if kept > 0 else 0.0

@@ -59,10 +59,10 @@ class _Tensor:
 
 def _pieces(reader: Reader) -> list[tuple[int, int]]:
     """A tensor's blocks as methods are given them."""
-    return reader.ranges if _most(reader) == BLOCK else spans(reader.shape, _most(reader))
+    return reader.ranges if most_of(reader) == BLOCK else spans(reader.shape, most_of(reader))
 
 
-def _most(reader: Reader) -> int:
+def most_of(reader: Reader) -> int:
     """Elements of a piece: a block's for a few models, fewer for more, so that memory doesn't depend on their number."""
     return BLOCK if reader.models <= FEW else max(BLOCK * FEW // reader.models, 1)
 
@@ -160,7 +160,7 @@ def by_axis(output: Output, call: Call, method: Method, axis: int, merging: Merg
 def _strips(reader: Reader, width: int, axis: int) -> list[list[tuple[int, int]]]:
     """A tensor of rows of `width` in pieces, in order, those together that have parts of the same vectors."""
     strips: dict[int, list[tuple[int, int]]] = {}
-    for start, stop in spans((reader.count // width, width), _most(reader)):
+    for start, stop in spans((reader.count // width, width), most_of(reader)):
         cut = stop - start < width
         strips.setdefault((start % width if axis == 0 else start // width) if cut else -1, []).append((start, stop))
     return list(strips.values())

@@ -56,7 +56,7 @@ def pcb(
     def scores(block: Block) -> np.ndarray:
         deltas = block.deltas.astype(np.float64)
         within = _between(abs(block.deltas), low, high)
-        return (np.exp(models * within**2) * np.tanh(deltas * deltas.sum(0))).astype(np.float32)
+        return (np.exp(models * within**2) * np.tanh(deltas * deltas.sum(0))).astype(block.deltas.dtype)
 
     cuts = order_statistics(lambda: map(scores, tensor), models, [min(int(count * (1 - density)), count - 1), count - 1])
     scale = np.array(weights, np.float64)[:, None]
@@ -67,7 +67,7 @@ def pcb(
         share = np.where(cuts[:, :1] == cuts[:, 1:], found >= cuts[:, :1], _between(found, cuts[:, :1], cuts[:, 1:]))
         total = share.sum(0)
         summed = (scale * share * clipped(block)).sum(0) / np.where(total > 0, total, 1.0)
-        return (lambda_ * summed).astype(np.float32)
+        return (lambda_ * summed).astype(block.deltas.dtype)
 
     return merge
 
@@ -102,20 +102,20 @@ def arcee_fusion(tensor: Blocks, weights: Sequence[float]) -> Merge:
     threshold = median + 1.5 * (third - first)
 
     def merge(block: Block) -> np.ndarray:
-        return np.where(importance(block) >= threshold, block.deltas[0] * np.float32(weight), np.float32(0))
+        return np.where(importance(block) >= threshold, block.deltas[0] * weight, 0)
 
     return merge
 
 
 def _importance(tensor: Blocks) -> Callable[[Block], np.ndarray]:
-    """Block -> |d| KL, float32 [n]. Where a row doesn't fit a block, its KL is found here, in three passes, and kept."""
+    """Block -> |d| KL, [n]. Where a row doesn't fit a block, its KL is found here, in three passes, and kept."""
     row = tensor.shape[-1] if tensor.shape else 1
     first = next(iter(tensor), None)
 
     def of_rows(block: Block) -> np.ndarray:
         base, model = (side.reshape(-1, row) for side in _sides(block))
         change = _change(base, model, _logits(base), _logits(model))
-        return (abs(block.deltas[0].reshape(-1, row)) * change[:, None]).astype(np.float32).reshape(-1)
+        return (abs(block.deltas[0].reshape(-1, row)) * change[:, None]).astype(block.deltas.dtype).reshape(-1)
 
     if first is None or first.deltas.shape[1] >= row:
         return of_rows
@@ -123,7 +123,7 @@ def _importance(tensor: Blocks) -> Callable[[Block], np.ndarray]:
 
     def of_pieces(block: Block) -> np.ndarray:
         at = np.arange(block.start, block.start + block.deltas.shape[1]) // row
-        return (abs(block.deltas[0]) * changes[at]).astype(np.float32)
+        return (abs(block.deltas[0]) * changes[at]).astype(block.deltas.dtype)
 
     return of_pieces
 

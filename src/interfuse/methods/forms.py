@@ -7,7 +7,7 @@ an option marked `EACH`.
 |---|---|---|
 | `coefficients` | `(weights, *, ...)`; also `gram`, the models' geometry, or `depth`, the layer's | a `Combination` |
 | `rule` | `(weights, *, ...)` | a `Rule`: trim, elect, scale, which the engine's kernels run |
-| `blocks` | `(tensor: Blocks, weights, *, ...)` | a function from a `Block` to its merged delta, float32 `[n]` |
+| `blocks` | `(tensor: Blocks, weights, *, ...)` | a function from a `Block` to its merged delta, `[n]`, in the deltas' type |
 | `matrices` | `(deltas[M, out, in], weights, *, ...)` | the merged delta, `[out, in]` |
 
 Deltas are differences from the base, d_i = t_i - t0; where there is no base they are the models themselves, t0 = 0.
@@ -92,7 +92,10 @@ class Rule(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Consecutive elements of one tensor: where they begin, the base's (or None), and the deltas `[M, n]`, in float32."""
+    """Consecutive elements of one tensor: where they begin, the base's (or None), and the deltas `[M, n]`.
+
+    In float32, or in float64 where an input or the output is.
+    """
 
     start: int
     base: np.ndarray | None

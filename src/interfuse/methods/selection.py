@@ -15,7 +15,6 @@ import numpy as np
 from pydantic import Field
 
 from interfuse.errors import OptionError, Problem
-from interfuse.methods.exact import magnitudes
 from interfuse.methods.forms import Block, Blocks, Scale
 from interfuse.registry import EACH, register
 
@@ -38,11 +37,10 @@ def magmax(tensor: Blocks, weights: Sequence[float], *, lambda_: Scale = 1.0) ->
 
     Of two that are equal but for their sign, the positive one.
     """
-    scale = _column(weights)
 
     def merge(block: Block) -> np.ndarray:
-        high, low = _ends(block.deltas * scale)
-        return np.where(high >= -low, high, low) * np.float32(lambda_)
+        high, low = _ends(_scaled(block, weights))
+        return np.where(high >= -low, high, low) * lambda_
 
     return merge
 
@@ -79,47 +77,27 @@ def consensus(
 
     def merge(block: Block) -> np.ndarray:
         used, total = _used(block, weights, threshold)
-        return np.where(used.sum(0) >= wanted, total * np.float32(lambda_), np.float32(0))
+        return np.where(used.sum(0) >= wanted, total * lambda_, 0)
 
     return merge
 
 
 def _used(block: Block, weights: Sequence[float], threshold: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Which entries each model uses, bool [M, n], and the sum of the deltas [n]."""
-    deltas = block.deltas * _column(weights)
-    total = _sum(deltas)
-    return abs(deltas) >= _column(threshold) * abs(total - deltas), total
+    deltas = _scaled(block, weights)
+    total = deltas.sum(0, dtype=np.float64).astype(deltas.dtype)
+    return abs(deltas) >= _column(threshold, deltas.dtype) * abs(total - deltas), total
 
 
 @register("emr", "weights", form="blocks", paper="https://arxiv.org/abs/2405.17461", needs="a base")
 def emr(tensor: Blocks, weights: Sequence[float], *, output: Output = "merged") -> Merge:
     """The unified task vector of EMR-Merging: the sign of sum d_i, the largest |d_i| among those of that sign.
 
-    That is a trunk for all tasks. The model of one task is t0 + s_i (m_i * unified), with a mask of one bit an entry
-    (`emr_masks`) and one number for the whole model (`emr_scales` of the sums over tensors of `emr_sums`): `output:
+    That is a trunk for all tasks. The model of one task is t0 + s_i (m_i * unified), with a mask of one bit an entry, where
+    its own delta has the trunk's sign, and one number for the whole model, s_i = sum |d_i| / sum |m_i * unified|: `output:
     per_task` writes them. 0 where the sum is 0.
     """
-    scale = _column(weights)
-    return lambda block: _unified(block.deltas * scale)
-
-
-def emr_masks(block: Block, weights: Sequence[float]) -> np.ndarray:
-    """Where each model's delta has the unified vector's sign: bool [M, n]."""
-    deltas = block.deltas * _column(weights)
-    return np.sign(deltas) * np.sign(_unified(deltas)) > 0
-
-
-def emr_sums(tensor: Blocks, weights: Sequence[float]) -> np.ndarray:
-    """sum |d_i| and sum |m_i * unified| over one tensor, for each model: float64 [2, M]. To be added up over tensors."""
-    scale, rows = _column(weights), tensor.models
-    own = magnitudes((block.deltas * scale for block in tensor), rows)
-    kept = magnitudes((emr_masks(block, weights) * _unified(block.deltas * scale) for block in tensor), rows)
-    return np.stack([own, kept])
-
-
-def emr_scales(sums: np.ndarray) -> np.ndarray:
-    """s_i = sum |d_i| / sum |m_i * unified| from sums [2, M]; 0 for a model whose mask is empty."""
-    return np.divide(sums[0], sums[1], out=np.zeros_like(sums[0]), where=sums[1] > 0)
+    return lambda block: _unified(_scaled(block, weights))
 
 
 class Tasks(NamedTuple):
@@ -133,9 +111,10 @@ class Tasks(NamedTuple):
 
 
 def _emr_tasks(block: Block, weights: Sequence[float], options: Mapping[str, Any]) -> Tasks:
-    deltas = block.deltas * _column(weights)
-    masks = emr_masks(block, weights)
-    kept = np.where(masks, abs(_unified(deltas)), np.float32(0))
+    deltas = _scaled(block, weights)
+    unified = _unified(deltas)
+    masks = np.sign(deltas) * np.sign(unified) > 0
+    kept = np.where(masks, abs(unified), 0)
     return Tasks(masks, np.stack([abs(deltas).sum(1, dtype=np.float64), kept.sum(1, dtype=np.float64)]))
 
 
@@ -171,7 +150,7 @@ def nearswap(
     """
     one_other(tensor, "nearswap")
     (weight,) = weights
-    return lambda block: block.deltas[0].clip(-t, t) * np.float32(weight)
+    return lambda block: block.deltas[0].clip(-t, t) * weight
 
 
 @register("ram", "weights", form="blocks", paper=_RAM, needs="a base")
@@ -180,7 +159,7 @@ def ram(tensor: Blocks, weights: Sequence[float], *, epsilon: Epsilon = 1e-5) ->
 
     A model changed an entry where |t_i - t0| > epsilon, whatever its weight; other entries of a delta count as 0.
     """
-    scale, alone = _column(weights), np.ones((tensor.models, 1))
+    scale, alone = _column(weights, np.float64), np.ones((tensor.models, 1))
     return lambda block: _contributions(block.deltas, scale, alone, epsilon)
 
 
@@ -198,7 +177,7 @@ def ramplus_tl(
     `own` and `shared` count, in this tensor, the entries that model i changed alone and together with others. The paper
     counts over the whole model; this is the tensor-local form, as in mergekit.
     """
-    scale, counts = _column(weights), np.zeros((2, tensor.models))
+    scale, counts = _column(weights, np.float64), np.zeros((2, tensor.models))
     for block in tensor:
         changed = abs(block.deltas) > epsilon
         together = changed.sum(0)
@@ -222,13 +201,13 @@ def _contributions(deltas: np.ndarray, scale: np.ndarray, alone: np.ndarray, eps
     count = changed.sum(0)
     factor = np.where(count == 1, alone, 1.0) * scale  # in float64, so that the mean of equal ones is exact
     total = np.where(changed, deltas * factor, 0.0).sum(0)
-    return (total / np.maximum(count, 1)).astype(np.float32)
+    return (total / np.maximum(count, 1)).astype(deltas.dtype)
 
 
 def _unified(deltas: np.ndarray) -> np.ndarray:
     high, low = _ends(deltas)
     total = deltas.sum(0, dtype=np.float64)
-    return np.where(total > 0, high, np.where(total < 0, low, np.float32(0)))
+    return np.where(total > 0, high, np.where(total < 0, low, 0))
 
 
 def _ends(deltas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -236,10 +215,11 @@ def _ends(deltas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return deltas.max(0), deltas.min(0)
 
 
-def _sum(deltas: np.ndarray) -> np.ndarray:
-    return deltas.sum(0, dtype=np.float64).astype(np.float32)
+def _scaled(block: Block, weights: Sequence[float]) -> np.ndarray:
+    """The deltas times the weights, [M, n]."""
+    return block.deltas * _column(weights, block.deltas.dtype)
 
 
-def _column(values: Sequence[float]) -> np.ndarray:
-    """One value a model, or one for all, as float32 [M or 1, 1]."""
-    return np.array(values, np.float32)[:, None]
+def _column(values: Sequence[float], dtype: Any) -> np.ndarray:
+    """One value a model, or one for all, [M or 1, 1]."""
+    return np.array(values, dtype)[:, None]
