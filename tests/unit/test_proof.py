@@ -53,6 +53,19 @@ def test_a_frankenmerge_is_loaded_by_transformers(llama: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 4
 
 
+def test_an_output_that_is_as_a_parent_is_loads_as_that_does(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 40}
+    config = transformers.BertConfig(**sizes)
+    for name, pooler in (("with", True), ("without", False)):
+        transformers.BertModel(config, add_pooling_layer=pooler).save_pretrained(tmp_path / name)
+    out = merge("linear", [tmp_path / "with", tmp_path / "without"], drop=["pooler"], out=tmp_path / "out")
+    assert loads(out) == f"as {tmp_path / 'without'} does: tensor names, shapes and config are the same"
+    out = merge("linear", [tmp_path / "without", tmp_path / "with"], keep=["pooler"], out=tmp_path / "other")
+    assert loads(out) == f"as {tmp_path / 'with'} does: tensor names, shapes and config are the same"
+
+
 def test_an_output_that_wouldn_t_load_isn_t_written(llama: Path, tmp_path: Path) -> None:
     recipe: dict[str, Any] = {"merge_method": "linear", "models": [{"model": str(llama), "parameters": {"weight": 1}}]}
     with pytest.raises(CheckpointError, match=r"finds missing tensors in it: model\.norm\.weight; check the recipe"):

@@ -251,7 +251,9 @@ def test_side_files_come_along_and_what_speaks_of_the_parent_alone_doesn_t(tmp_p
     assert (out / "spiece.model").read_bytes() == b"\x00\x01"
     assert (out / "modeling_x.py").read_text() == "x = 1\n"
     assert "# the parent" not in (out / "README.md").read_text()
-    assert json.loads((out / "interfuse.json").read_text())["left_out"] == ["checkpoint-5", "onnx/model.onnx"]
+    assert json.loads((out / "interfuse.json").read_text())["left_out"] == [
+        *("checkpoint-5", "model.gguf", "onnx/model.onnx", "tf_model.h5")
+    ]
 
 
 def test_a_layer_list_in_the_config_follows_a_stack(tmp_path: Path) -> None:

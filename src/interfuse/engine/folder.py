@@ -69,7 +69,7 @@ def merge_into(
     stems = {inner: stem for inner, stem, _ in split(list(plan.specs), lead.stems)}
     beside, notes = files_beside(plan, sources)
     beside |= {} if config is None else {"config.json": encode(config)}
-    with proof(plan.specs, lead, beside) as loading:
+    with proof(plan.specs, lead, beside, sources) as loading:
         journal = Journal(folder, plan, sources, stems, resume=resume)
 
         def done(output: Output, merging: Merging) -> None:
@@ -154,7 +154,7 @@ def read_hash(source: Checkpoint, number: int, merging: Merging) -> dict[str, An
 
 
 def _copy_side_files(source: Path, folder: Path, merged: Sequence[str]) -> list[str]:
-    """Copy config, tokenizer, code, sub-folders and the like; what was left behind, weights in `merged` ones aside."""
+    """Copy config, tokenizer, code, sub-folders and the like; what was left behind, the merged weights aside."""
     left_out: list[str] = []
     for item in sorted(source.iterdir()):
         if item.name.startswith((".", "__pycache__")) or item.name in _ITS_OWN or (folder / item.name).is_file():
@@ -165,9 +165,9 @@ def _copy_side_files(source: Path, folder: Path, merged: Sequence[str]) -> list[
             left_out.append(item.name)
         elif item.is_dir():
             left_out += [f"{item.name}/{name}" for name in _copy_folder(item, folder / item.name, merged)]
-        elif is_weights(item.name) or item.name.endswith((*TORCH, *OTHER_FORMS)):
+        elif is_weights(item.name) or item.name.endswith(TORCH):
             continue
-        elif not item.is_file() or item.stat().st_size > _LARGEST_SIDE_FILE:
+        elif not item.is_file() or item.stat().st_size > _LARGEST_SIDE_FILE or item.name.endswith(OTHER_FORMS):
             left_out.append(item.name)
         else:
             shutil.copyfile(item, folder / item.name)

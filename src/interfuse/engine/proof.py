@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,16 @@ class Proof:
 
 
 @contextlib.contextmanager
-def proof(specs: Mapping[str, TensorSpec], lead: Checkpoint, beside: Mapping[str, bytes | None]) -> Iterator[Proof]:
-    """The proof for an output with these tensors, whose side files are the lead's but for those `beside`."""
+def proof(
+    specs: Mapping[str, TensorSpec], lead: Checkpoint, beside: Mapping[str, bytes | None], parents: Sequence[Checkpoint] = ()
+) -> Iterator[Proof]:
+    """The proof for an output with these tensors, whose side files are the lead's but for those `beside`.
+
+    An output with a parent's names, shapes and config is as that parent is.
+    """
     config = config_of(lead)
     made = config if beside.get("config.json") is None else json.loads(beside["config.json"] or b"")
-    reason = _by_equality(specs, lead, beside) or _not_told(made)
+    reason = _by_equality(specs, lead, beside, parents) or _not_told(made)
     if reason or config is None:
         yield Proof(lead.name, reason or "not checked: the model it follows has no config.json")
         return
@@ -88,9 +93,11 @@ def proof(specs: Mapping[str, TensorSpec], lead: Checkpoint, beside: Mapping[str
             found.stop()
 
 
-def _by_equality(specs: Mapping[str, TensorSpec], lead: Checkpoint, beside: Mapping[str, bytes | None]) -> str:
-    """What is said of an output that is as a model of the lead's but for values and types; else nothing."""
-    for model in _models(lead):
+def _by_equality(
+    specs: Mapping[str, TensorSpec], lead: Checkpoint, beside: Mapping[str, bytes | None], parents: Sequence[Checkpoint]
+) -> str:
+    """What is said of an output that is as a model of the lead's, or a parent, but for values and types; else nothing."""
+    for model in [model for parent in (lead, *parents) for model in _models(parent)]:
         same = specs.keys() == model.specs.keys() and all(spec.shape == model.specs[n].shape for n, spec in specs.items())
         if same and all(_config(lead, inner, beside) == _untyped(config_of(model, inner)) for inner in ("", *lead.stems)):
             return f"as {model.name} does: tensor names, shapes and config are the same"
@@ -171,7 +178,7 @@ def judged(name: str, output: Mapping[str, Any], lead: Mapping[str, Any]) -> tup
         new = [found for found in output[what] if _numberless(found) not in known]
         if new and "error" not in lead and "can't" not in lead:
             shown = ", ".join(new[:_SHOWN]) + (f" and {len(new) - _SHOWN} more" if len(new) > _SHOWN else "")
-            allowed = "name them under `drop`" if what == "unexpected" else "check the recipe's layers and tokenizer"
+            allowed = "name them under `drop`" if what == "unexpected" else "check the recipe's layers, tokenizer and `drop`"
             problems.append(Problem("the result", f"{by} finds {what} tensors in it: {shown}", allowed))
         elif output[what]:
             notes.append(f"{by} finds {len(output[what])} {what} tensors in the result, as in {name}: {output[what][0]}, ...")
