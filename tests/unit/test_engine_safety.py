@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from interfuse import merge
+from interfuse.engine.journal import Journal
 from interfuse.errors import CheckpointError
 
 #: Writes slowly, so that a merge takes long enough to be killed in its middle.
@@ -134,6 +135,23 @@ def test_a_file_that_changes_on_the_way_is_an_error(models: Path) -> None:
     os.utime(models / "b.safetensors", (1, 1))
     with pytest.raises(CheckpointError, match=r"b.safetensors: changed since it was opened"):
         checkpoint.read("layers.1.w")
+
+
+def test_a_torch_file_that_changes_on_the_way_is_an_error(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    for name in ("b", "c"):
+        torch.save({"w": torch.randn(8, 8)}, models / f"{name}.pt")
+    note = Journal.note
+
+    def change(*arguments: Any) -> None:
+        note(*arguments)
+        os.utime(models / "c.pt", (1, 1))
+
+    monkeypatch.setattr(Journal, "note", change)
+    with pytest.raises(CheckpointError, match=r"c\.pt: changed since it was opened"):
+        merge("linear", [models / "b.pt", models / "c.pt"], out=models / "out")
+    assert not (models / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -73,11 +73,13 @@ class MappedFile:
 
     def view(self, offset: int, nbytes: int) -> np.ndarray:
         """`nbytes` of the file from `offset` on, as bytes that are mapped, not copied."""
-        self.check()  # for each block: to read past the end of a file that was cut would end the process
+        self.check()  # for each block: what is read past the end of a file that was cut is lost (`cut`)
         if self._bytes is None:
             with self._lock:
                 if self._bytes is None:
-                    self._bytes = _map(self.path)
+                    mapped = _map(self.path)
+                    self.check()  # that it's as long as it should be
+                    self._bytes = mapped
         return self._bytes[offset : offset + nbytes]
 
     def handle(self) -> int:
@@ -113,9 +115,13 @@ class Stored(NamedTuple):
 
 
 class Resident(NamedTuple):
-    """A tensor in memory, contiguous; `get` gives it, so that what must be copied is copied only when it is read."""
+    """A tensor in memory, contiguous; `get` gives it, so that what must be copied is copied only when it is read.
+
+    `file` is what it was loaded from, as torch's own files are: their pages are mapped, so it must not change either.
+    """
 
     get: Callable[[], np.ndarray]
+    file: File | None = None
 
     def block(self, start: int, stop: int) -> np.ndarray:
         """Elements `start` to `stop` of the array that `get` gives."""

@@ -77,7 +77,7 @@ class Checkpoint:
     def files(self, names: Iterable[str] | None = None) -> list[File]:
         """The files that tensors lie in, or these, in order; of tensors that are computed, all that they may be from."""
         places = list(self.places.values()) if names is None else [self.places[name] for name in names]
-        found = [place.file for place in places if isinstance(place, Stored)]
+        found = [place.file for place in places if isinstance(place, (Stored, Resident)) and place.file is not None]
         if len(found) < len(places):
             found += [file for checkpoint in self.within for file in checkpoint.files()]
         return list(dict.fromkeys(found))
@@ -231,7 +231,8 @@ def _from_file(name: str, path: Path) -> Checkpoint:
     if path.suffix in TORCH:
         from interfuse.checkpoints.tensors import load_file
 
-        return _in_memory(name, load_file(path))
+        file = MappedFile(path)  # as it is before it's loaded
+        return _in_memory(name, load_file(path), file)
     allowed = f"allowed: {', '.join((SAFE, *TORCH))}"
     raise CheckpointError(Problem(name, f"{path.name!r} isn't a file of weights", allowed))
 
@@ -254,13 +255,15 @@ def _module(module: Any) -> Checkpoint:
     return _in_memory(name, state)
 
 
-def _in_memory(name: str, tensors: Mapping[str, Any]) -> Checkpoint:
+def _in_memory(name: str, tensors: Mapping[str, Any], file: File | None = None) -> Checkpoint:
+    """The checkpoint of these tensors, which were loaded from `file`, if from one."""
     specs: dict[str, TensorSpec] = {}
     places: dict[str, Place] = {}
     problems = []
     for key, value in tensors.items():
         try:
-            specs[key], places[key] = _array(value) if isinstance(value, np.ndarray) else _tensor(value)
+            specs[key], get = _array(value) if isinstance(value, np.ndarray) else _tensor(value)
+            places[key] = Resident(get, file)
         except CheckpointError as error:
             problems += [Problem(name, f"tensor {key!r} {problem.wrong}", problem.allowed) for problem in error.problems]
     if problems:
@@ -268,14 +271,14 @@ def _in_memory(name: str, tensors: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(name, specs, None, places)
 
 
-def _array(array: np.ndarray) -> tuple[TensorSpec, Place]:
+def _array(array: np.ndarray) -> tuple[TensorSpec, Callable[[], np.ndarray]]:
     for dtype, storage in STORAGE.items():
         if array.dtype == storage and not dtype.startswith(("BF", "F8")):
-            return TensorSpec(dtype, array.shape), Resident(lambda: np.ascontiguousarray(array).reshape(array.shape))
+            return TensorSpec(dtype, array.shape), lambda: np.ascontiguousarray(array).reshape(array.shape)
     raise CheckpointError(Problem("", f"has dtype {array.dtype}", "use a little-endian number type, or a torch tensor"))
 
 
-def _tensor(value: Any) -> tuple[TensorSpec, Place]:
+def _tensor(value: Any) -> tuple[TensorSpec, Callable[[], np.ndarray]]:
     from interfuse.checkpoints.tensors import spec_of, to_array
 
-    return spec_of(value), Resident(lambda: to_array(value))
+    return spec_of(value), lambda: to_array(value)

@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 
+from interfuse.checkpoints.cut import unbroken
 from interfuse.checkpoints.source import Checkpoint, TensorSpec
 from interfuse.engine.global_trim import global_cuts
 from interfuse.engine.merging import Merging, Sink
@@ -56,15 +57,15 @@ def execute(
             yield _whole(output, merging, done)
 
     count = threads or len(os.sched_getaffinity(0))
-    with _one_blas_thread(plan):
+    files = list(dict.fromkeys(file for source in sources for file in source.files()))
+    with unbroken(files), _one_blas_thread(plan):
         if waiting:
             merging.cuts = global_cuts(plan.outputs, sources, count)
         run_jobs(jobs(), count)
         if device is not None:
             run_on(device, there, merging, done, count)
-    for source in sources:
-        for file in source.files():
-            file.check()
+    for file in files:
+        file.check()
     problems = sorted(merging.refused)  # threads found them in any order
     if not allow_nonfinite:
         found = sorted(merging.nonfinite.items())
