@@ -213,6 +213,23 @@ def test_an_older_folder_comes_back_if_the_rename_fails(tmp_path: Path, monkeypa
     assert os.listdir(out) == ["old"]
 
 
+@pytest.mark.parametrize("ended", ["between", "after"])
+def test_a_run_that_was_ended_while_it_replaced_a_folder_loses_nothing(tmp_path: Path, ended: str) -> None:
+    out, old = tmp_path / "out", tmp_path / ".out.interfuse-part.old"
+    for folder in [out, old] if ended == "after" else [old]:
+        folder.mkdir()
+        (folder / ("new" if folder == out else "old")).write_text("x")
+    with pytest.raises(CheckpointError, match="is there already"):
+        with whole_folder(out):
+            pass
+    if ended == "between":
+        assert os.listdir(out) == ["old"]
+    with whole_folder(out, overwrite=True) as folder:
+        (folder / "newest").write_text("x")
+    assert os.listdir(out) == ["newest"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
 def test_files_folders_in_use_and_inputs_are_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
     source = tmp_path / "models" / "a"

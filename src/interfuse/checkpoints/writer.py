@@ -114,6 +114,8 @@ def whole_folder(
     target = Path(path).resolve()
     part = _part(target)
     with _alone(target, part, str(path)):
+        if _settled(part, target):
+            check_output(path, overwrite=overwrite, inputs=inputs, nbytes=nbytes)
         try:
             if part.exists() and not resume:
                 shutil.rmtree(part)
@@ -155,6 +157,8 @@ def _alone(target: Path, part: Path, shown: str) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(handle), os.stat(lock)):  # a run that has just ended has taken it away
+                raise BlockingIOError
         except OSError:
             wrong = "is being written by another run"
             raise CheckpointError(Problem(shown, wrong, "wait for it, or choose another folder")) from None
@@ -206,9 +210,26 @@ def _part(target: Path) -> Path:
     return target.parent / f".{target.name}.interfuse-part"
 
 
+def _old(part: Path) -> Path:
+    """Where the folder that is replaced is meanwhile."""
+    return part.with_name(f"{part.name}.old")
+
+
+def _settled(part: Path, target: Path) -> bool:
+    """Put back an older folder, or remove it, where a run was ended while it replaced that; whether there was one."""
+    old = _old(part)
+    if not old.is_dir():
+        return False
+    if target.is_dir():
+        shutil.rmtree(old)
+    else:
+        os.rename(old, target)
+    return True
+
+
 def _put(part: Path, target: Path) -> None:
     """Rename `part` to `target`; an older folder stands aside until the new one is in place."""
-    old = part.with_name(f"{part.name}.old")
+    old = _old(part)
     aside = target.is_dir()
     if aside:
         os.rename(target, old)
