@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import interfuse as itf
 from interfuse import registry
 from interfuse.errors import OptionError
 from interfuse.methods.decompose import ZERO, directions, like, orthogonal, with_spectrum
@@ -213,3 +214,11 @@ def test_numpy_alone_does_it() -> None:
         "assert 'torch' not in sys.modules and 'scipy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("based", [True, False])
+def test_vectors_take_the_scaled_mean_delta_from_a_base_if_there_is_one(based: bool) -> None:
+    base, first, second = (np.array(values, np.float32) for values in ([1, 2, 3], [3, 2, 1], [2, 2, 6]))
+    got = itf.merge("cart", [{"x": first}, {"x": second}], base={"x": base} if based else None, lambda_=0.5)["x"]
+    t0 = base if based else np.zeros(3)
+    np.testing.assert_allclose(got, t0 + 0.5 * ((first + second) / 2 - t0), rtol=1e-6)

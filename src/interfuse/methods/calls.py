@@ -69,7 +69,7 @@ def _made(
         rule: Rule = method.make(weights, **options)
         return rule
     if method.form == "matrices" and not whole:
-        return _mean(weights, options.get("lambda_", 1.0), based="base" in method.needs)
+        return _mean(weights, options.get("lambda_", 1.0))
     if method.form == "matrices":
         method.make(np.zeros((len(weights), 1, 1), np.float32), weights, **options)
     elif method.form == "blocks":
@@ -92,10 +92,10 @@ class _Empty(NamedTuple):
         return iter(())
 
 
-def _mean(weights: Sequence[float], scale: float, *, based: bool) -> Combination:
-    """What methods on matrices do with other tensors: the base plus the scaled mean delta."""
-    shares = tuple(scale * share for share in normalized(weights)) if based else normalized(weights)
-    return Combination(1.0 - math.fsum(shares) if based else 0.0, shares, 1.0)
+def _mean(weights: Sequence[float], scale: float) -> Combination:
+    """What methods on matrices do with other tensors: the scaled mean delta, and the base where there is one."""
+    shares = tuple(scale * share for share in normalized(weights))
+    return Combination(1.0 - math.fsum(shares), shares, 1.0)
 
 
 def _finite(value: Any) -> bool:
