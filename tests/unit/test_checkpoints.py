@@ -133,14 +133,12 @@ def test_transposed_memory_is_read_in_row_major_order() -> None:
         assert next(checkpoint.blocks("t")).tolist() == [0, 3, 1, 4, 2, 5]
 
 
-def test_a_file_is_read_in_blocks_that_are_mapped(tmp_path: Path) -> None:
+def test_a_file_is_read_in_blocks(tmp_path: Path) -> None:
     save_file({"t": torch.arange(BLOCK * 2 + 3, dtype=torch.int32)}, tmp_path / "m.safetensors")
     blocks = open_checkpoint(tmp_path / "m.safetensors").blocks("t")
     first = next(blocks)
     assert first[0] == 0
     second = next(blocks)
-    assert not first.flags.owndata
-    assert not first.flags.writeable
     assert second[0] == BLOCK
     assert next(blocks).tolist() == [2 * BLOCK, 2 * BLOCK + 1, 2 * BLOCK + 2]
 

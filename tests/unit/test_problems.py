@@ -160,19 +160,19 @@ def test_an_output_that_the_disk_has_no_room_for(
 
 
 def test_nothing_but_headers_is_read(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    """A plan asks for no block of a tensor, and maps no file."""
+    """A plan asks for no block of a tensor."""
 
     def refused(*_: object) -> None:
         raise AssertionError("a plan reads headers alone")
 
-    monkeypatch.setattr("interfuse.checkpoints.places._map", refused)
-    monkeypatch.setattr("interfuse.checkpoints.places.MappedFile.view", refused)
+    monkeypatch.setattr("interfuse.checkpoints.places.LocalFile.handle", refused)
+    monkeypatch.setattr("interfuse.checkpoints.places.LocalFile.read", refused)
     (work / "r.yaml").write_text("merge_method: ties\nbase_model: ./base\nmodels: [./a, ./b]\n")
     with pytest.raises(SystemExit) as ended:
         main(["run", "r.yaml", "out", "--dry-run"])
     assert ended.value.code in (0, None)
     assert "nothing was written" in capsys.readouterr().out
-    monkeypatch.setattr("interfuse.checkpoints.places.MappedFile.view", lambda *_: 1 / 0)
+    monkeypatch.setattr("interfuse.checkpoints.places.LocalFile.handle", lambda *_: 1 / 0)
     with pytest.raises(SystemExit) as ended:
         main(["run", "r.yaml", "out"])
     assert ended.value.code == 1

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models
 from interfuse.checkpoints import embedding
 from interfuse.checkpoints.embedding import Fill, embedding_rows, vocabulary_tensors, with_vocabulary
 from interfuse.checkpoints.header import TensorSpec
-from interfuse.checkpoints.places import MappedFile, Stored
+from interfuse.checkpoints.places import LocalFile, Stored
 from interfuse.checkpoints.source import Checkpoint, open_checkpoint
 from interfuse.checkpoints.tensors import to_tensor
 from interfuse.checkpoints.tokenizer_choice import TokenRule, read_choice, reference_text
@@ -598,7 +598,7 @@ def test_rows_of_a_mapped_file_wherever_it_begins(tmp_path: Path, offset: int, m
     weight = np.arange(40, dtype=np.float32).reshape(10, 4)
     (tmp_path / "w").write_bytes(b"x" * offset + weight.tobytes())
     spec = TensorSpec("F32", (10, 4))
-    checkpoint = Checkpoint("m", {"w": spec}, None, {"w": Stored(MappedFile(tmp_path / "w"), offset, spec)})
+    checkpoint = Checkpoint("m", {"w": spec}, None, {"w": Stored(LocalFile(tmp_path / "w"), offset, spec)})
     rows = np.array([9, 3, 4, 5, 0, -1])
     out = with_vocabulary(checkpoint, rows, Fill({"m": np.full(6, 2)}, np.zeros(6, np.bool_), {"m": checkpoint}), ["w"])
     assert np.array_equal(out.read("w"), weight[[9, 3, 4, 5, 0, 2]])

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from interfuse.checkpoints.numbers import STORED_FLOATS, narrow, widen
-from interfuse.checkpoints.places import Stored
 from interfuse.checkpoints.source import BLOCK, Checkpoint, TensorSpec
 from interfuse.errors import CheckpointError, Problem
 
@@ -217,9 +216,7 @@ def _copy_rows(checkpoint: Checkpoint, name: str, rows: np.ndarray, out: np.ndar
     if not len(wanted):
         return
     width = out.shape[1]
-    spec, place = checkpoint.specs[name], checkpoint.places[name]
-    mapped = isinstance(place, Stored) and place.offset % spec.storage.itemsize == 0
-    if mapped or spec.count <= BLOCK:
+    if checkpoint.specs[name].count <= BLOCK:
         out[wanted] = checkpoint.read(name).reshape(-1, width)[rows[wanted]]
         return
     breaks = np.flatnonzero((np.diff(wanted) != 1) | (np.diff(rows[wanted]) != 1)) + 1

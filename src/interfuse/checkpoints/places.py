@@ -6,7 +6,6 @@ adapter, another vocabulary) is a checkpoint with other places.
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 import weakref
@@ -28,7 +27,7 @@ class Place(Protocol):
 
 
 class File(Protocol):
-    """A file that tensors lie in: `MappedFile`, or one that is fetched first."""
+    """A file that tensors lie in: `LocalFile`, or one that is fetched first."""
 
     @property
     def path(self) -> Path:
@@ -40,24 +39,23 @@ class File(Protocol):
     def check(self) -> None:
         """Nothing, or a `CheckpointError` if the file isn't the one that was opened."""
 
-    def view(self, offset: int, nbytes: int) -> np.ndarray:
-        """`nbytes` of the file from `offset` on, as bytes that are mapped, not copied."""
+    def read(self, offset: int, room: np.ndarray) -> None:
+        """Fill an array with the file's bytes from `offset` on."""
 
     def handle(self) -> int:
         """The file, open for reading."""
 
 
-class MappedFile:
-    """A file that is opened when it is first read, and that notices when it has been changed since then.
+class LocalFile:
+    """A file that is opened when it is first read, and that notices when it has been changed since it was first seen.
 
-    It is mapped for who wants a view; to read from its handle costs no page faults, and survives a file that is cut short
-    meanwhile. A class, because many tensors share one file. A change is a `CheckpointError`; so is a file that can't be read.
+    It's read, never mapped: of a mapped file that somebody cuts short, the process would end. A class, because many tensors
+    share one file. A change is a `CheckpointError`; so is a file that can't be read.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._known = _state(path)
-        self._bytes: np.ndarray | None = None
         self._handle = -1
         self._lock = threading.Lock()
 
@@ -71,16 +69,18 @@ class MappedFile:
             wrong = "changed since it was opened"
             raise CheckpointError(Problem(str(self.path), wrong, "run again when nothing else writes to it"))
 
-    def view(self, offset: int, nbytes: int) -> np.ndarray:
-        """`nbytes` of the file from `offset` on, as bytes that are mapped, not copied."""
-        self.check()  # for each block: what is read past the end of a file that was cut is lost (`cut`)
-        if self._bytes is None:
-            with self._lock:
-                if self._bytes is None:
-                    mapped = _map(self.path)
-                    self.check()  # that it's as long as it should be
-                    self._bytes = mapped
-        return self._bytes[offset : offset + nbytes]
+    def read(self, offset: int, room: np.ndarray) -> None:
+        """Fill an array with the file's bytes from `offset` on."""
+        self.check()
+        handle, wanted, done = self.handle(), room.view(np.uint8), 0
+        try:
+            while done < len(wanted) and (got := os.preadv(handle, [wanted[done:].data], offset + done)):
+                done += got
+        except OSError as error:
+            raise CheckpointError(Problem(str(self.path), f"can't be read: {error.strerror}", "check the disk")) from None
+        if done < len(wanted):
+            self.check()
+            raise CheckpointError(Problem(str(self.path), f"ends at byte {offset + done}", "get the file again"))
 
     def handle(self) -> int:
         """The file, open for reading until this object goes."""
@@ -108,10 +108,10 @@ class Stored(NamedTuple):
     spec: TensorSpec
 
     def block(self, start: int, stop: int) -> np.ndarray:
-        """Elements `start` to `stop`, mapped; copied only where the file has them at an odd address."""
-        size = self.spec.storage.itemsize
-        raw = self.file.view(self.offset + start * size, (stop - start) * size).view(self.spec.storage)
-        return raw if raw.flags.aligned else raw.copy()
+        """Elements `start` to `stop`, in a fresh array."""
+        found: np.ndarray = np.empty(stop - start, self.spec.storage)
+        self.file.read(self.offset + start * found.itemsize, found)
+        return found
 
 
 class Resident(NamedTuple):
@@ -134,11 +134,3 @@ def _state(path: Path) -> tuple[int, int, int]:
     except OSError as error:
         raise CheckpointError(Problem(str(path), f"can't be read: {error.strerror}")) from None
     return found.st_size, found.st_mtime_ns, found.st_ino
-
-
-def _map(path: Path) -> np.ndarray:
-    try:
-        with path.open("rb") as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(Problem(str(path), f"can't be mapped: {error}")) from None

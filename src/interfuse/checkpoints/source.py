@@ -21,7 +21,7 @@ import xxhash
 from interfuse.checkpoints.folders import INDEX, MODULES, PIPELINE, SAFE, TORCH, Weights, find_weights, indexed, is_weights
 from interfuse.checkpoints.header import STORAGE, Entry, read_header
 from interfuse.checkpoints.header import TensorSpec as TensorSpec
-from interfuse.checkpoints.places import File, MappedFile, Place, Resident, Stored
+from interfuse.checkpoints.places import File, LocalFile, Place, Resident, Stored
 from interfuse.checkpoints.store import Store
 from interfuse.errors import CheckpointError, Problem
 
@@ -60,7 +60,7 @@ class Checkpoint:
         return self.places[name].block(start, stop)
 
     def read(self, name: str) -> np.ndarray:
-        """The whole tensor in its storage type (BF16 as `uint16`), mapped or shared where possible; don't write to it."""
+        """The whole tensor in its storage type (BF16 as `uint16`), shared where it is in memory; don't write to it."""
         spec = self.specs[name]
         return self.block(name, 0, spec.count).reshape(spec.shape)
 
@@ -227,11 +227,11 @@ def stored(name: str, file: File, entries: Mapping[str, Entry]) -> Checkpoint:
 
 def _from_file(name: str, path: Path) -> Checkpoint:
     if path.suffix == SAFE:
-        return stored(name, MappedFile(path), read_header(path))
+        return stored(name, LocalFile(path), read_header(path))
     if path.suffix in TORCH:
         from interfuse.checkpoints.tensors import load_file
 
-        file = MappedFile(path)  # as it is before it's loaded
+        file = LocalFile(path)  # as it is before it's loaded
         return _in_memory(name, load_file(path), file)
     allowed = f"allowed: {', '.join((SAFE, *TORCH))}"
     raise CheckpointError(Problem(name, f"{path.name!r} isn't a file of weights", allowed))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from interfuse.checkpoints.places import MappedFile
+from interfuse.checkpoints.places import LocalFile
 from interfuse.errors import CheckpointError, Problem
 
 
@@ -48,7 +48,7 @@ class Store:
 
 
 class RemoteFile:
-    """A file elsewhere that is fetched whole when it is first read, if not before; then it is a `MappedFile`.
+    """A file elsewhere that is fetched whole when it is first read, if not before; then it is a `LocalFile`.
 
     A class, because many tensors share one file.
     """
@@ -56,7 +56,7 @@ class RemoteFile:
     def __init__(self, store: Store, name: str):
         self.store, self.name = store, name
         self.path = store.folder / name
-        self._here: MappedFile | None = None
+        self._here: LocalFile | None = None
         self._lock = threading.Lock()
 
     def state(self) -> tuple[str, int, int]:
@@ -68,24 +68,24 @@ class RemoteFile:
         if self._here is not None:
             self._here.check()
 
-    def view(self, offset: int, nbytes: int) -> np.ndarray:
-        """`nbytes` of the file from `offset` on, mapped."""
-        return self._fetched().view(offset, nbytes)
+    def read(self, offset: int, room: np.ndarray) -> None:
+        """Fill an array with the file's bytes from `offset` on."""
+        self._fetched().read(offset, room)
 
     def handle(self) -> int:
         """The file, open for reading."""
         return self._fetched().handle()
 
-    def _fetched(self) -> MappedFile:
+    def _fetched(self) -> LocalFile:
         if self._here is None:
             with self._lock:
                 if self._here is None:
                     self._here = self._fetch()
         return self._here
 
-    def _fetch(self) -> MappedFile:
+    def _fetch(self) -> LocalFile:
         self.store.get([self.name], False)
-        file = MappedFile(self.path)
+        file = LocalFile(self.path)
         size = self.store.sizes[self.name]
         if size is not None and file.state()[1] != size:
             wrong = f"has {file.state()[1]} bytes, and had {size} when its header was read"

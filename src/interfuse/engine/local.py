@@ -10,7 +10,6 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-from interfuse.checkpoints.cut import unbroken
 from interfuse.checkpoints.source import Checkpoint, TensorSpec
 from interfuse.engine.global_trim import global_cuts
 from interfuse.engine.merging import Merging, Sink
@@ -58,7 +57,7 @@ def execute(
 
     count = threads or len(os.sched_getaffinity(0))
     files = list(dict.fromkeys(file for source in sources for file in source.files()))
-    with unbroken(files), _one_blas_thread(plan):
+    with _one_blas_thread(plan):
         if waiting:
             merging.cuts = global_cuts(plan.outputs, sources, count)
         run_jobs(jobs(), count)
