@@ -303,3 +303,16 @@ def test_files_are_told_from_their_names_alone() -> None:
         ("", "model", ("model.safetensors",)),
         ("a/", "a/model", ("a/model.safetensors",)),
     ]
+
+
+def test_links_out_of_a_models_folder_bring_no_folder_along(tmp_path: Path) -> None:
+    secret = put(tmp_path / "secret", {"key.json": {"a": 1}})
+    for name in ("one", "two"):
+        put(tmp_path / name, {"model.safetensors": state(1), "sub/inner.json": {}})
+    (tmp_path / "one" / "linked").symlink_to(secret)
+    (tmp_path / "one" / "same").symlink_to(tmp_path / "one" / "sub")
+    (tmp_path / "one" / "file.json").symlink_to(secret / "key.json")  # as the hub's cache has its files
+    out = merge("linear", [tmp_path / "one", tmp_path / "two"], out=tmp_path / "out")
+    assert not (out / "linked").exists()
+    assert {"same/inner.json", "sub/inner.json", "file.json"} <= {*tree(out)}
+    assert json.loads((out / "interfuse.json").read_text())["left_out"] == ["linked"]

@@ -161,7 +161,7 @@ def _copy_side_files(source: Path, folder: Path, merged: Sequence[str]) -> list[
             continue
         if item.name == TASKS and (item / TABLE).is_file():  # masks of another trunk
             continue
-        if item.name.startswith("checkpoint-"):  # what a trainer kept on the way
+        if item.name.startswith("checkpoint-") or _elsewhere(item):  # what a trainer kept on the way, and what isn't here
             left_out.append(item.name)
         elif item.is_dir():
             left_out += [f"{item.name}/{name}" for name in _copy_folder(item, folder / item.name, merged)]
@@ -172,6 +172,11 @@ def _copy_side_files(source: Path, folder: Path, merged: Sequence[str]) -> list[
         else:
             shutil.copyfile(item, folder / item.name)
     return left_out
+
+
+def _elsewhere(item: Path) -> bool:
+    """Whether this is a link to a folder outside its own: whoever made the model could link any folder of this machine's."""
+    return item.is_symlink() and item.is_dir() and item.parent.resolve() not in item.resolve().parents
 
 
 def _copy_folder(source: Path, folder: Path, merged: Sequence[str]) -> list[str]:
