@@ -125,6 +125,17 @@ def test_della_keeps_larger_entries_more_often() -> None:
     assert np.abs(kept - expected).max() < 4 * np.sqrt(0.25 / 2000)
 
 
+@pytest.mark.parametrize(("density", "epsilon"), [(0.0, 0.15), (0.15, 0.15), (0.85, 0.15)])
+@pytest.mark.parametrize("shape", [(40, 30), (5, 1), (2, 140_000)])
+def test_della_with_chances_of_0_and_1_is_finite(density: float, epsilon: float, shape: tuple[int, ...]) -> None:
+    base = np.zeros(shape, np.float32)
+    tuned = np.arange(1, base.size + 1, dtype=np.float32).reshape(shape)
+    got = merged("della_linear", base, [tuned], density=density, epsilon=epsilon)
+    kept = (got != 0).mean()
+    assert np.isfinite(got).all()
+    assert abs(kept - density) <= 5 * np.sqrt(density * (1 - density) / base.size)
+
+
 @pytest.mark.parametrize("kind", ["ties", "equal", "smooth"])
 @pytest.mark.parametrize("route", ["bracket", "histogram"])
 def test_cuts_are_those_of_a_stable_sort(kind: str, route: str, monkeypatch: pytest.MonkeyPatch) -> None:

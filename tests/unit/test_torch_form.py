@@ -50,6 +50,7 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("dare_ties", {"density": 0.6, "normalize": True}, 0),
     ("dare_ties", {"density": 0.6, "rescale": "l1"}, 1),
     ("della", {"density": 0.5}, 0),
+    ("della", {"density": 0.15}, 0),
     ("della_linear", {"density": 0.6, "epsilon": 0.1, "rescale": False}, 0),
     ("breadcrumbs", {"density": 0.5, "gamma": 0.1}, 0),
     ("breadcrumbs_ties", {"density": 0.8, "gamma": 0.3}, 0),

@@ -305,25 +305,24 @@ def _ranked(trim: Trim, model: int, delta: Tensor, key: np.ndarray) -> Tensor:
     chances = torch.cat(found).reshape(-1)
     mask = _drawn(delta.numel(), key, chances, delta).reshape(delta.shape)
     values = torch.where(mask, delta, 0)
-    return values / chances.to(delta.dtype).reshape(delta.shape) if trim.rescale == "density" else values
+    divisors = chances.clamp(min=2.0**-100).to(delta.dtype).reshape(delta.shape)  # a chance of 0 keeps nothing
+    return values / divisors if trim.rescale == "density" else values
 
 
 def _by_matrix(call: Call, name: str, base: Tensor | None, models: Sequence[Tensor], seed: int) -> Tensor:
-    """A method of whole matrices, by its own function: on `[M, out, in]` in float32."""
+    """A method of whole matrices, by its own function: on `[M, out, in]`."""
     import torch
 
     options = dict(call.options)
     if "seed" in options:
         options["seed"] = (options["seed"] + int(keys_of(seed, name, 1)[0, 0])) % 2**31
-    plain = [model.float() for model in models]
-    start = None if base is None else base.float()
-    deltas = torch.stack([(one if start is None else one - start).reshape(one.shape[0], -1) for one in plain])
+    deltas = torch.stack([(one if base is None else one - base).reshape(one.shape[0], -1) for one in models])
     if bool(torch.isfinite(deltas).all()):
         delta = find(call.method, "weights").make(deltas, call.weights, **options)
     else:
         delta = deltas.mean(0)
     found: Tensor = delta.reshape(models[0].shape)
-    return found if start is None else start + found
+    return found if base is None else base + found
 
 
 def _by_axis(call: Call, method: Method, axis: int, base: Tensor | None, models: Sequence[Tensor]) -> Tensor:

@@ -21,6 +21,9 @@ _0 = np.float32(0)
 
 _GROUP = 16  # counters that are looked at together
 
+#: What a chance of 0, which keeps nothing, is divided by.
+_LEAST = np.float32(2.0**-100)
+
 
 @compiled
 def _ranked(out, values, chances, key, other, first, divide, n):  # type: ignore[no-untyped-def]
@@ -32,7 +35,7 @@ def _ranked(out, values, chances, key, other, first, divide, n):  # type: ignore
         out[i] = values[i] if kept else _0
     if divide:
         for i in range(n):
-            out[i] /= chances[i]
+            out[i] /= max(chances[i], _LEAST)
 
 
 @compiled
