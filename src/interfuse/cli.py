@@ -260,6 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if "--debug" in given:
             traceback.print_exc()
+        if isinstance(error, OSError) and error.filename is not None:  # a file's own fault, which a traceback doesn't explain
+            typer.echo(str(Problem(str(error.filename), f"can't be read or written: {error.strerror}")), err=True)
+            sys.exit(2)
         first = str(error).partition("\n")[0]
         typer.echo(f"{type(error).__name__}: {first} (more with interfuse --debug ...)", err=True)
         sys.exit(1)

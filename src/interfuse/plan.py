@@ -180,7 +180,9 @@ def config_of(checkpoint: Checkpoint, inner: str = "") -> dict[str, Any] | None:
                 return None
             text = path.read_bytes()
         config = json.loads(text)
-    except (ValueError, OSError):
+    except OSError as error:
+        raise CheckpointError(Problem(str(path), f"can't be read: {error.strerror}")) from None
+    except ValueError:
         raise CheckpointError(Problem(str(path), "isn't JSON", "get the file again")) from None
     return config if isinstance(config, dict) else None
 

@@ -111,6 +111,7 @@ def test_the_users_mistakes_exit_with_2(capsys: Capture, arguments: list[str]) -
     ("error", "status", "said"),
     [
         (KeyboardInterrupt(), 130, "interrupted; nothing was written\n"),
+        (PermissionError(13, "Permission denied", "a/x"), 2, "a/x: can't be read or written: Permission denied\n"),
         (RuntimeError("boom\nmore"), 1, "RuntimeError: boom (more with interfuse --debug ...)\n"),
         (MissingExtra("lightning isn't installed: pip install 'interfuse[train]'"), 2, "pip install 'interfuse[train]'"),
     ],

@@ -280,6 +280,18 @@ def test_a_module_may_be_one_layer() -> None:
     assert slots["model.layers.1.mlp.weight"].t == 1 / 11
 
 
+def test_filters_that_match_nothing_are_noted() -> None:
+    heads = {"a": header(net(2)), "b": header(net(2, prefix="model."))}
+    weight = [{"filter": "slef_attn", "value": 1}, {"filter": "model.model.*", "value": 2}, {"filter": "mlp", "value": 3}]
+    models = ["a", {"model": "b", "parameters": {"weight": weight}}]
+    found = laid({"models": models, "parameters": {"normalize": {"filter": "/attm$/", "value": True}}}, heads)
+    assert found.problems == ()
+    assert found.notes[1:] == (
+        "models[1].parameters.weight[0].filter: 'slef_attn' matches no tensor",
+        "parameters.normalize.filter: '/attm$/' matches no tensor",
+    )
+
+
 def test_an_empty_model_is_said() -> None:
     assert wrong({"models": ["a"]}, {"a": header([])})[0] == "models[0]: a holds no tensor; give a checkpoint with weights"
 

@@ -322,7 +322,6 @@ def test_what_a_fusion_refuses(keys: dict[str, Any], path: str, said: str) -> No
         ),
         ({"drop": ["/(/"]}, "drop[0]", "got '/(/'"),
         ({"tokenizer_source": "union", "tokenizer": {}}, "tokenizer_source", "stands beside tokenizer"),
-        ({"tokenizer_source": "base"}, "tokenizer_source", "there is no base_model"),
         ({"tokenizer": {"source": "a+b+c"}}, "tokenizer.source", "got 'a+b+c' with 2 '+'"),
         ({"tokenizer": {"tokens": {"<a>": {"source": {"kind": "nil"}}}}}, "tokenizer.tokens.<a>.source.kind", "got 'nil'"),
         (
@@ -498,3 +497,13 @@ def test_the_schema_names_the_methods_describes_every_key_and_takes_short_forms(
     assert set(rules) == {"fusion", "merge_method"}
     attention = next(r for r in schema["allOf"] if r["if"]["properties"].get("fusion") == {"const": "attention"})
     assert {"heads", "dim", "pool", "residual"} <= set(attention["then"]["properties"]["parameters"]["properties"])
+
+
+@pytest.mark.parametrize("key", ["merge_metod", "merge-method", "method"])
+def test_a_misspelt_method_key_does_not_make_all_else_look_wrong(key: str) -> None:
+    models = [{"model": "a", "parameters": {"weight": 1}}, {"model": "b"}]
+    with pytest.raises(RecipeError) as caught:
+        load_recipe({key: "ties", "base_model": "base", "models": models, "parameters": {"densty": 0.5}, "dtype": "float16"})
+    said = {problem.path: problem.allowed for problem in caught.value.problems}
+    assert said.pop(key) == "did you mean 'merge_method'?"
+    assert list(said) == ["parameters.densty", "models[1].parameters.weight"]

@@ -316,3 +316,19 @@ def test_links_out_of_a_models_folder_bring_no_folder_along(tmp_path: Path) -> N
     assert not (out / "linked").exists()
     assert {"same/inner.json", "sub/inner.json", "file.json"} <= {*tree(out)}
     assert json.loads((out / "interfuse.json").read_text())["left_out"] == ["linked"]
+
+
+def test_a_sub_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two"):
+        put(tmp_path / name, {"model.safetensors": state(1), "sub/inner.json": {}})
+    listed = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("one/sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="one/sub"):
+        merge("linear", [tmp_path / "one", tmp_path / "two"], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

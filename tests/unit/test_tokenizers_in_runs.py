@@ -192,6 +192,14 @@ def test_base_keeps_the_base_s_files_and_rows(zoo: Path, tmp_path: Path) -> None
     assert check_loads(out).config.vocab_size == 280
 
 
+def test_base_is_the_first_model_s_tokenizer_where_there_is_no_base(zoo: Path, tmp_path: Path) -> None:
+    written: list[dict[str, Any]] = [{"tokenizer_source": "base"}, {"tokenizer": {"source": "base"}}]
+    for number, keys in enumerate(written):
+        out = run(zoo, tmp_path / str(number), "one", "two", base=None, **keys)
+        assert (out / "tokenizer.json").read_bytes() == (zoo / "one" / "tokenizer.json").read_bytes()
+        check_rows(zoo, out, ["one", "two"], None, ["one", "two"])
+
+
 def test_a_model_s_tokenizer_brings_its_rows_padding_and_ids(zoo: Path, tmp_path: Path) -> None:
     out = run(zoo, tmp_path / "out", "one", "two", tokenizer_source=str(zoo / "two"))
     assert (out / "tokenizer.json").read_bytes() == (zoo / "two" / "tokenizer.json").read_bytes()

@@ -297,3 +297,10 @@ def test_what_a_killed_run_has_left_is_room(tmp_path: Path, monkeypatch: pytest.
     check_output(tmp_path / "out", nbytes=2_000_000)
     with pytest.raises(CheckpointError, match=r"needs 3 MB, and 2\.5 MB are free"):
         check_output(tmp_path / "out", nbytes=3_000_000)
+
+
+def test_a_file_that_the_disk_takes_no_more_of_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="can't be written: File too large"):
+        with whole_folder(tmp_path / "out"):
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    assert os.listdir(tmp_path) == []

@@ -136,7 +136,7 @@ def _weights(folder: str, inner: str, below: Sequence[str], text: Callable[[str]
     usual = usual or next((name for name in _USUAL_TORCH if name in names), None)
     candidates = safe or pickles
     if usual is None and "adapter_config.json" in names and candidates:
-        raise CheckpointError(Problem(folder, "holds a LoRA adapter, not a model", "merge it into its model first"))
+        raise CheckpointError(Problem(folder, "holds a LoRA adapter, not a model", "name its model before it: MODEL+ADAPTER"))
     if usual is not None and usual.endswith(INDEX):
         return indexed(folder, inner, usual, names, text)
     if usual is not None:

@@ -131,7 +131,7 @@ def whole_folder(
                 _sync(Path(folder))
             _put(part, target)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             keep = True
             wrong = f"can't be written: {error.strerror}"

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from interfuse.checkpoints.adapter_writer import AdapterWriter, lora_config
+from interfuse.checkpoints.names import listed
 from interfuse.checkpoints.numbers import FLOATS, STORED_FLOATS, float_named, narrow, widen
 from interfuse.checkpoints.source import BLOCK, Checkpoint, open_checkpoint
 from interfuse.checkpoints.writer import whole_folder
@@ -198,11 +199,9 @@ def _names(tuned: Checkpoint, before: Checkpoint, include: Sequence[str], exclud
         if not any(fnmatchcase(name, pattern) for name in (*before.specs, *tuned.specs))
     ]
     for one, other in ((tuned, before), (before, tuned)):
-        problems += [
-            Problem(one.name, f"has no tensor {name!r}, {other.name} has", "give the model's own base, or exclude it")
-            for name in other.specs
-            if name not in one.specs and wanted(name)
-        ]
+        missing = [name for name in other.specs if name not in one.specs and wanted(name)]
+        allowed = f"unlike {other.name}: give the model's own base, or `exclude` what differs"
+        problems += [Problem(one.name, wrong, allowed) for wrong in listed(missing, "missing")]
     names = [name for name in before.specs if name in tuned.specs and wanted(name)]
     for name in names:
         ours, theirs = tuned.specs[name], before.specs[name]

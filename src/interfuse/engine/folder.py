@@ -7,6 +7,7 @@ goes on. What was written is read back before it counts.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -179,14 +180,19 @@ def _elsewhere(item: Path) -> bool:
     return item.is_symlink() and item.is_dir() and item.parent.resolve() not in item.resolve().parents
 
 
+def _refuse(error: OSError) -> None:
+    """A folder that can't be listed isn't passed over."""
+    raise error
+
+
 def _copy_folder(source: Path, folder: Path, merged: Sequence[str]) -> list[str]:
     """Copy a sub-folder's small files, weights among them that aren't merged; what was left behind: other forms, large ones."""
     left_out = []
     ours = f"{source.name}/" in merged
-    for item in sorted(source.rglob("*")):
+    for item in sorted(Path(at, file) for at, _, files in os.walk(source, onerror=_refuse) for file in files):
         name = item.relative_to(source)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
-        if item.is_dir() or hidden or (ours and len(name.parts) == 1 and is_weights(item.name)):
+        if hidden or (ours and len(name.parts) == 1 and is_weights(item.name)):
             continue
         if not item.is_file() or item.stat().st_size > _LARGEST_SIDE_FILE or item.name.endswith(OTHER_FORMS):
             left_out.append(str(name))

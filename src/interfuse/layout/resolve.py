@@ -16,7 +16,7 @@ from interfuse.layout.slots import Group, Header, Layout, Slot, copied
 from interfuse.recipe.pieces import Piece, pieces
 from interfuse.recipe.references import Reference
 from interfuse.recipe.schema import Recipe
-from interfuse.recipe.values import Scopes
+from interfuse.recipe.values import Scopes, filters, matcher
 
 
 def layout(recipe: Recipe, headers: Mapping[Reference, Header], *, compat: bool = False) -> Layout:
@@ -39,7 +39,7 @@ def layout(recipe: Recipe, headers: Mapping[Reference, Header], *, compat: bool 
         work.merge(members, None if name is None else tests[name])
     if tests:
         work.copy(lead, [name for name in lead.names if not any(test(name) for test in tests.values())])
-    work.check_patterns()
+    work.check_patterns(found)
     return Layout(tuple(work.slots), tuple(dict.fromkeys(work.problems)), tuple(dict.fromkeys(work.notes)), work.layers)
 
 
@@ -55,9 +55,16 @@ class _Work:
         self.members: dict[str, Member] = {}
         self.drop, self.keep = Patterns("drop", recipe.drop), Patterns("keep", recipe.keep)
 
-    def check_patterns(self) -> None:
-        """A pattern that matches nothing is a slip of the pen."""
+    def check_patterns(self, found: Sequence[Piece]) -> None:
+        """A pattern that matches nothing is a slip of the pen; a filter may also stand there for other models."""
         self.problems += [*self.drop.problems(), *self.keep.problems()]
+        scopes = [(f"{source.path}.parameters", source.parameters) for piece in found for source in piece.sources]
+        scopes += [level for piece in found for level in piece.levels]
+        patterns = {p: said for path, scope in scopes for key in scope for p, said in filters(scope[key], f"{path}.{key}")}
+        names = [slot.name for slot in self.slots]
+        names += [name for member in self.members.values() for name in member.names.values()]
+        unmet = {pattern for pattern in dict.fromkeys(patterns.values()) if not any(map(matcher(pattern), names))}
+        self.notes += [f"{path}: {pattern!r} matches no tensor" for path, pattern in patterns.items() if pattern in unmet]
 
     def read(self, found: Sequence[Piece]) -> Member:
         """Put every model's names as the lead has them: the first base, else the first model."""

@@ -8,6 +8,7 @@ mapping: from the current folder). What holds between keys is checked in `recipe
 from __future__ import annotations
 
 import copy
+import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -129,10 +130,21 @@ def _read(raw: dict[Any, Any], folder: Path, known: Sequence[str]) -> tuple[Reci
         except ValidationError as error:
             problems = _problems(error) if problems is None else problems
             for item in error.errors():
+                if item["type"] == "extra_forbidden" and _meant(raw, item["loc"]):
+                    continue
                 if item["type"] != "extra_forbidden" or not _dropped(raw, item["loc"]):
                     _drop(raw, item["loc"], missing=item["type"] == "missing")
         else:
             return recipe, [*(problems or []), *wrong]
+
+
+def _meant(raw: dict[Any, Any], loc: tuple[int | str, ...]) -> bool:
+    """Give a misspelt `merge_method` or `fusion` its name, without which all else would look wrong; whether it's one."""
+    known = ("merge_method", "fusion")
+    near = difflib.get_close_matches(str(loc[0]), known, n=1) if len(loc) == 1 and not {*known} & {*raw} else []
+    if near:
+        raw[near[0]] = raw.pop(loc[0])
+    return bool(near)
 
 
 def _dropped(raw: Any, loc: tuple[int | str, ...]) -> bool:

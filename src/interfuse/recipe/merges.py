@@ -131,10 +131,6 @@ def _bases(recipe: Recipe, method: Method, found: list[Piece]) -> Iterator[Probl
             if piece.base is not None and all(source.model == piece.base for source in piece.sources):
                 wrong = "none besides the base"
                 yield Problem(_sources(piece), wrong, "give at least one model to merge into it")
-    if recipe.tokenizer_source == "base" and recipe.base_model is None:
-        yield Problem("tokenizer_source", "got 'base', and there is no base_model", "give base_model, or name a model")
-    if recipe.tokenizer is not None and recipe.tokenizer.source == "base" and recipe.base_model is None:
-        yield Problem("tokenizer.source", "got 'base', and there is no base_model", "give base_model, or name a model")
 
 
 def _sources(piece: Piece) -> str:

@@ -169,6 +169,14 @@ def _kind(value: Scalar) -> str:
     return "booleans" if isinstance(value, bool) else "texts" if isinstance(value, str) else "numbers"
 
 
+def filters(setting: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Every filter in a setting of sound form: its path and the pattern."""
+    several = isinstance(setting, list)
+    for i, entry in enumerate(_entries(setting)):
+        if entry.get("filter") is not None:
+            yield f"{path}[{i}].filter" if several else f"{path}.filter", entry["filter"]
+
+
 def scalars(setting: Any, path: str) -> Iterator[tuple[str, Scalar, bool]]:
     """Every scalar in a setting of sound form: its path, the value, and whether it's a knot of a ramp of numbers."""
     several = isinstance(setting, list) and bool(setting) and isinstance(setting[0], Mapping)
