@@ -37,7 +37,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -55,9 +54,8 @@ TESTED = 64
 PROMPT = "The capital of France is"
 MEANING = "## What it means"
 INTRODUCTION = """
-Each merge is a recipe that `interfuse run` gets; seconds are those of the whole command, the start of Python included.
-Coefficients are the usual ones, and none was chosen by a score: half of each model, t 0.5, density 0.5, and for task
-arithmetic 0.3 each and the plain sum. Parents have no seconds.
+Each merge is a recipe that `interfuse run` gets. Coefficients are the usual ones, and none was chosen by a score: half of
+each model, t 0.5, density 0.5, and for task arithmetic 0.3 each and the plain sum.
 """
 
 #: Textbook reactions, precursors>>product: esterification, amide, Suzuki, Heck, Buchwald, reduction, oxidation, SN2, Boc on
@@ -91,10 +89,9 @@ def home(package: str) -> Path:
 
 
 class Run(NamedTuple):
-    """What one `interfuse run` gave: the folder, its seconds, its notes, and what it said where it refused."""
+    """What one `interfuse run` gave: the folder, its notes, and what it said where it refused."""
 
     folder: Path
-    seconds: float
     notes: list[str]
     refused: str
 
@@ -105,11 +102,9 @@ def merge(recipe: Mapping[str, Any], out: Path) -> Run:
         path = Path(folder) / "recipe.yaml"
         path.write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
         shutil.rmtree(out, ignore_errors=True)
-        began = time.perf_counter()
         done = subprocess.run([*OURS, str(path), str(out)], capture_output=True, text=True)
-        seconds = time.perf_counter() - began
     notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
-    return Run(out, seconds, notes, done.stderr.strip() if done.returncode else "")
+    return Run(out, notes, done.stderr.strip() if done.returncode else "")
 
 
 def averaged(one: Path, two: Path, **more: Any) -> dict[str, Any]:
@@ -142,12 +137,12 @@ def reactions(cache: Path) -> list[str]:
     files = {name: path / "pytorch_model.bin" for name, path in parents.items()}
     states = {name: torch.load(file, map_location="cpu", weights_only=True) for name, file in files.items()}
     score = _masked_score(base, {key: tensor for key, tensor in states["base"].items() if key.startswith("cls.predictions.")})
-    lines = _heading("rxnfp", "tokens put back", "seconds")
+    lines = _heading("rxnfp", "tokens put back")
     lines += [_row(name, [score(state)]) for name, state in states.items()]
     notes: list[str] = []
     for name, recipe in jobs.items():
         run = merge(recipe, cache / "merged")
-        lines.append(_row(name, [run.refused or score(load_file(run.folder / "model.safetensors"))], run.seconds))
+        lines.append(_row(name, [run.refused or score(load_file(run.folder / "model.safetensors"))]))
         notes += [note.replace(f"{models}/", "") for note in run.notes]
     run = merge(averaged(tuned[0], tuned[1]), cache / "merged")
     lines += ["", "What the runs noted:", "", *_quoted("\n".join(dict.fromkeys(notes)))]
@@ -209,14 +204,14 @@ def language(cache: Path, data: Path) -> list[str]:
         "TIES, density 0.5": deltas("ties", base, tuned, 0.5, density=0.5),
         "DARE, density 0.5, 0.5 each": deltas("dare_linear", base, tuned, 0.5, density=0.5),
     }
-    lines = _heading("SmolLM2-135M", *(f"perplexity on {name}" for name in TEXTS), f'"{PROMPT}" goes on with', "seconds")
+    lines = _heading("SmolLM2-135M", *(f"perplexity on {name}" for name in TEXTS), f'"{PROMPT}" goes on with')
     for name, job in jobs.items():
-        run = merge(job, cache / "merged") if isinstance(job, dict) else Run(job, 0.0, [], "")
+        run = merge(job, cache / "merged") if isinstance(job, dict) else Run(job, [], "")
         cells = [run.refused, "", ""]
         if not run.refused:
             model = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32).eval()
             cells = [*(f"{_perplexity(model, tokenizer, texts):.1f}" for texts in tests.values()), _goes_on(model, tokenizer)]
-        lines.append(_row(name, cells, run.seconds))
+        lines.append(_row(name, cells))
         print(lines[-1], flush=True)
     done = f"each, of at most {LENGTH} tokens, by AdamW at {RATE:g}, all weights"
     lines += ["", f"Fine-tuned on {STEPS * BATCH} training texts {done}; perplexity over {TESTED} test texts."]
@@ -355,7 +350,7 @@ def sentences(cache: Path) -> list[str]:
     if run.refused:
         sys.exit(run.refused)
     texts = ["A man is eating food.", "A man eats something.", "The stock market fell sharply today."]
-    columns = ("cosine of a paraphrase", "of an unrelated text", "with the parent's vectors, least", "seconds")
+    columns = ("cosine of a paraphrase", "of an unrelated text", "with the parent's vectors, least")
     lines = _heading("MiniLM, a sentence-transformers folder", *columns)
     parent: Tensor | None = None
     for name, path in {"parent": source, "parent with noise": other, "average": run.folder}.items():
@@ -364,7 +359,7 @@ def sentences(cache: Path) -> list[str]:
         parent = vectors if parent is None else parent
         cosines = [vectors[0] @ vectors[1], vectors[0] @ vectors[2], (vectors * parent).sum(1).min()]
         parts = ", ".join(type(part).__name__ for part in network)
-        lines.append(_row(f"{name} ({parts})", [f"{float(c):.3f}" for c in cosines], run.seconds if name == "average" else 0))
+        lines.append(_row(f"{name} ({parts})", [f"{float(c):.3f}" for c in cosines]))
     return lines
 
 
@@ -382,9 +377,9 @@ def _heading(title: str, *columns: str) -> list[str]:
     return ["", f"## {title}", "", f"| model | {' | '.join(columns)} |", f"|---|{dashes}|"]
 
 
-def _row(name: str, cells: Sequence[str], seconds: float = 0.0) -> str:
+def _row(name: str, cells: Sequence[str]) -> str:
     shown = [cell.replace("\n", " ").replace("|", "/") for cell in cells]
-    return f"| {name} | {' | '.join(shown)} | {f'{seconds:.1f}' if seconds else ''} |"
+    return f"| {name} | {' | '.join(shown)} |"
 
 
 def _quoted(text: str) -> list[str]:
