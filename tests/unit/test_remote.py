@@ -312,7 +312,8 @@ def test_folders_behind_a_web_server(served: Server, ranges: bool, listing: bool
     assert not list(cache_folder().rglob("*.safetensors"))
     served.asked.clear()
     run(recipe(*urls), "out", progress=False)
-    assert whole <= served.sent(".safetensors") < whole * 2
+    assert whole <= served.sent(".safetensors")
+    assert not ranges or served.sent(".safetensors") < whole * 2
     assert same(Path("out"), folders)
     assert (Path("out") / "tokenizer.json").is_file()
     served.asked.clear()
