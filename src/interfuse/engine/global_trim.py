@@ -25,7 +25,7 @@ from interfuse.engine.selection import Cut
 from interfuse.methods.forms import Rule
 from interfuse.plan import Output
 
-_BUCKETS, _MANY, _FEWER = 1 << 18, 8, 1 << 15  # into which a span of bits is parted; with more groups than this, fewer
+_BITS, _TOGETHER = 18, 21  # of a span of bits' parts, at most: of a group's, and of all groups' together
 _RUN = 16  # neighbours that are sampled together
 
 
@@ -57,7 +57,7 @@ class _Groups(NamedTuple):
     @property
     def buckets(self) -> int:
         """Into how many parts a span of bits is parted."""
-        return _BUCKETS if len(self.total) <= _MANY else _FEWER
+        return 1 << max(min(_BITS, _TOGETHER - (len(self.total) - 1).bit_length()), 8)
 
     @property
     def open(self) -> list[bool]:
@@ -111,7 +111,7 @@ def _gathered(outputs: Sequence[Output], sources: Sequence[Checkpoint]) -> tuple
 
 def _brackets(parts: Sequence[_Part], groups: _Groups, threads: int) -> list[tuple[int, int]]:
     """Bits below and above each group's cut, by a sample of its magnitudes; for few entries all bits that there are."""
-    least = max(2**22 // len(groups.total), 2**14)
+    least = max(2**22 // len(groups.total), 2**12)
     size = [min(n // 8, 2**20, least) // _RUN if some else 0 for n, some in zip(groups.total, groups.open, strict=True)]
     drawn: list[dict[Any, np.ndarray]] = [{} for _ in size]
     passed = [0] * len(size)  # elements of each group before a tensor
