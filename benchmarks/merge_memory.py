@@ -6,6 +6,8 @@ fine-tune is the base plus noise so small that a good part of the differences is
 A process is stopped from taking more than 3 GB of data. Linux; the folder given needs 20 GB, and isn't kept in memory.
 
     python -m benchmarks.merge_memory [--work FOLDER] [--only METHOD ...]
+
+With --only the rows of other methods stay as they were.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,10 +85,7 @@ LARGE = [
     Case("linear", base=False), Case("ties", options=HALF), Case("della", options=HALF),
     Case("sce", options={"select_topk": 0.5}), Case("model_stock"),
 ]  # fmt: skip
-ROW = [
-    Case("ties", options=HALF), Case("della", options=HALF), Case("model_stock", options={"filter_wise": True}),
-    Case("nuslerp", options={"nuslerp_flatten": False, "nuslerp_row_wise": True}), Case("arcee_fusion", 1),
-]  # fmt: skip
+ROW = [Case("ties", options=HALF), Case("della", options=HALF), Case("model_stock", options={"filter_wise": True})]
 MANY = [
     Case(case.method, 64, case.base, case.options)
     for case in ALL
@@ -104,27 +103,23 @@ PARTS: list[tuple[tuple[int, int], list[Case]]] = [
 
 
 def main() -> None:
-    """Measure all cases, or those of some methods, and write the table, or print it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure all cases, or those of some methods, and write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where models are written")
-    parser.add_argument("--only", nargs="+", metavar="METHOD", help="these alone; nothing is written but the table printed")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="these alone; the table's other rows stay")
     chosen = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_DATA, (MOST, MOST))  # processes that this one starts have it too
-    rows: list[str] = []
+    rows = _former()
     for shape, cases in PARTS:
         wanted = [case for case in cases if not chosen.only or case.method in chosen.only]
-        if wanted:
-            rows += _measured(shape, wanted, chosen.work)
-    text = _table(rows)
-    if chosen.only:
-        print(text)
-    else:
-        HERE.with_suffix(".md").write_text(text, encoding="utf-8")
+        for name, took in _measured(shape, wanted, chosen.work) if wanted else ():
+            rows[name] = took
+            print(name + took, flush=True)
+            HERE.with_suffix(".md").write_text(_table(rows), encoding="utf-8")
 
 
-def _measured(shape: tuple[int, int], cases: Sequence[Case], work: Path) -> list[str]:
-    """The rows of one shape; its models are made for it and removed."""
-    rows = []
+def _measured(shape: tuple[int, int], cases: Sequence[Case], work: Path) -> Iterator[tuple[str, str]]:
+    """The rows of one shape, by their beginning and their end; its models are made for it and removed."""
     with tempfile.TemporaryDirectory(dir=work) as name:
         folder = Path(name)
         make_models(folder, shape, 1 + max(case.models for case in cases))
@@ -133,15 +128,25 @@ def _measured(shape: tuple[int, int], cases: Sequence[Case], work: Path) -> list
             recipe.write_text(yaml.safe_dump(case.recipe(folder)), encoding="utf-8")
             try:
                 found = run([*RUN, recipe, folder / "out"], memory=True)
-                took = f"{found.own:.0f} | {found.seconds:.0f}"
+                took = f"{found.own:.0f} | {found.seconds:.0f} |"
             except Failed as error:
-                took = f"failed: {str(error).splitlines()[-1]} | -"
+                took = f"failed: {str(error).splitlines()[-1]} | - |"
             shutil.rmtree(folder / "out", ignore_errors=True)
-            size = f"{math.prod(shape) / 1e6:,.0f} million, {list(shape)}"
-            inputs = ("base + " if case.base else "") + str(case.models)
-            rows.append(f"| {case} | {size} | {inputs} | {took} |")
-            print(rows[-1], flush=True)
-    return rows
+            yield _name(shape, case), took
+
+
+def _name(shape: tuple[int, int], case: Case) -> str:
+    """How a row begins."""
+    size = f"{math.prod(shape) / 1e6:,.0f} million, {list(shape)}"
+    return f"| {case} | {size} | {'base + ' if case.base else ''}{case.models} | "
+
+
+def _former() -> dict[str, str]:
+    """The rows that the table has."""
+    path = HERE.with_suffix(".md")
+    known = [_name(shape, case) for shape, cases in PARTS for case in cases]
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {name: line.removeprefix(name) for line in lines for name in known if line.startswith(name)}
 
 
 def make_models(folder: Path, shape: tuple[int, int], count: int) -> None:
@@ -159,7 +164,8 @@ def make_models(folder: Path, shape: tuple[int, int], count: int) -> None:
                 file.write(pattern[: spec.nbytes - written])
 
 
-def _table(rows: Sequence[str]) -> str:
+def _table(rows: Mapping[str, str]) -> str:
+    names = [_name(shape, case) for shape, cases in PARTS for case in cases]
     processor = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     return "\n".join([
         "# Memory",
@@ -169,7 +175,7 @@ def _table(rows: Sequence[str]) -> str:
         "",
         "| method | parameters | models | own memory, MB | seconds |",
         "|---|--:|--:|--:|--:|",
-        *rows,
+        *(name + rows[name] for name in names if name in rows),
         "",
         "- Methods of whole matrices (`tsv_m`, `iso_c`, `iso_cts`, `subspace_boost`, `cart`, `star`, `knots`, `wudi`, `ace`)",
         "  are bounded by their largest matrix: the last rows. They hold its deltas in float32 (4 bytes a parameter and model)",
