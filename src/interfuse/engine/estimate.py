@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from interfuse.checkpoints.source import BLOCK
 from interfuse.engine.chain import HELD, LARGE, Planned
+from interfuse.engine.kernels import FEW
 from interfuse.engine.reading import RUN
 from interfuse.methods.forms import Combination, Rule
 from interfuse.methods.geodesic import AXIS
@@ -85,7 +86,7 @@ def _buffers(output: Output) -> int:
     kind, block = _kind(output), 4 * min(BLOCK, count)
     if kind == "matrices":
         return (4 * models + 4) * 4 * count
-    return (3 * models + 2) * block if kind in ("axis", "blocks") else (models + RUN) * block // 2
+    return (3 * min(models, FEW) + 2) * block if kind in ("axis", "blocks") else (models + RUN) * block // 2
 
 
 def _nanoseconds(output: Output) -> float:
