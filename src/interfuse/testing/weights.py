@@ -177,21 +177,22 @@ def check_threads(name: str, claims: WeightClaims) -> None:
 
 
 def check_blocks(name: str, claims: WeightClaims) -> None:
-    """A method of blocks gives the same bytes however a tensor is cut; of others the engine cuts the tensors."""
+    """A method of blocks gives its blocks' type, and the same bytes however a tensor is cut; others' the engine cuts."""
     method = find(name, "weights")
     if method.form != "blocks":
         return
     count = models_of(name, claims)
-    base, models = some_tensors(count, {"a": (30, 20), "b": (600,), "c": (3, 4, 50)})
-    for key, first in base.items():
-        deltas = np.stack([model[key] - first for model in models])
-        results = []
-        for length in (1000, 256, 97, 20, 7, 1):
-            tensor = InBlocks(first, deltas, length)
-            run = method.make(tensor, (1.0,) * count, **_arguments(method, claims, count))
-            results.append(np.concatenate([run(block) for block in tensor]))
-            assert results[-1].dtype == np.float32, f"a block gives {results[-1].dtype}, not float32"
-            assert results[-1].tobytes() == results[0].tobytes(), f"blocks of {length} give other bytes than whole tensors"
+    for kind in (np.float32, np.float64):
+        base, models = some_tensors(count, {"a": (30, 20), "b": (600,), "c": (3, 4, 50)}, dtype=kind)
+        for key, first in base.items():
+            deltas = np.stack([model[key] - first for model in models])
+            results = []
+            for length in (1000, 256, 97, 20, 7, 1):
+                tensor = InBlocks(first, deltas, length)
+                run = method.make(tensor, (1.0,) * count, **_arguments(method, claims, count))
+                results.append(np.concatenate([run(block) for block in tensor]))
+                assert results[-1].dtype == kind, f"a block of {np.dtype(kind)} gives {results[-1].dtype}"
+                assert results[-1].tobytes() == results[0].tobytes(), f"blocks of {length} give other bytes than whole tensors"
 
 
 def check_edges(name: str, claims: WeightClaims) -> None:
