@@ -33,4 +33,4 @@ def proofs() -> None:
 def _without_proofs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare other tests those seconds."""
     if "proofs" not in request.fixturenames:
-        monkeypatch.setattr("interfuse.engine.proof.available", lambda: False)
+        monkeypatch.setattr("interfuse.engine.output.proof.available", lambda: False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from interfuse.data import load_data as load_data
-    from interfuse.engine.extract import extract_lora as extract_lora
+    from interfuse.engine.adapters.extract import extract_lora as extract_lora
     from interfuse.engine.merge import merge as merge
     from interfuse.engine.task_model import task_model as task_model
     from interfuse.errors import CheckpointError as CheckpointError
@@ -52,7 +52,7 @@ _HOME = {
     "RecipeError": "errors",
     "UserError": "errors",
     "compare": "evaluation.compare",
-    "extract_lora": "engine.extract",
+    "extract_lora": "engine.adapters.extract",
     "fit": "training.fit",
     "greedy_soup": "evaluation.soup",
     "load": "saving",

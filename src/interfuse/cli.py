@@ -169,7 +169,7 @@ def extract_lora(
     as_json: AsJson = False,
 ) -> None:
     """Make a LoRA adapter for peft out of a fine-tuned model and its base, and say how much of each change it keeps."""
-    from interfuse.engine.extract import extract_lora as extract
+    from interfuse.engine.adapters.extract import extract_lora as extract
 
     with _clean(as_json):
         extraction = extract(

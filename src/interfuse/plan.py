@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from interfuse.checkpoints.embedding import is_vocabulary
 from interfuse.checkpoints.numbers import FLOATS, STORED_FLOATS, float_named
 from interfuse.checkpoints.source import Checkpoint, TensorSpec
+from interfuse.checkpoints.tokenizers.embedding import is_vocabulary
 from interfuse.errors import CheckpointError, OptionError, Problem, UserError, nearest
 from interfuse.layout import Group, Header, Slot, layout
 from interfuse.methods.calls import COPY, make_call

@@ -31,7 +31,7 @@ ENTRY_POINTS = "interfuse.methods"
 #: looking up a weight method doesn't import torch.
 _HOMES: dict[Level, str] = {
     "weights": "interfuse.methods",
-    "adapters": "interfuse.engine.adapter_methods",
+    "adapters": "interfuse.engine.adapters.methods",
     "features": "interfuse.modules",
     "outputs": "interfuse.modules",
 }

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from interfuse.checkpoints.lora import open_adapter, with_adapter
+from interfuse.checkpoints.adapters.lora import open_adapter, with_adapter
 from interfuse.checkpoints.source import open_checkpoint
-from interfuse.engine.adapter_methods import Factors, knots, linear, svd, truncate
-from interfuse.engine.extract import extract_lora
+from interfuse.engine.adapters.extract import extract_lora
+from interfuse.engine.adapters.methods import Factors, knots, linear, svd, truncate
 
 
 def slow_weight(weight: np.ndarray, up: np.ndarray, down: np.ndarray, scale: float) -> np.ndarray:

@@ -12,7 +12,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 import interfuse
-from interfuse.checkpoints.adapters import open_adapter
+from interfuse.checkpoints.adapters.pairs import open_adapter
 from interfuse.cli import main
 from interfuse.errors import CheckpointError, ModelError, RecipeError
 

@@ -12,8 +12,8 @@ import yaml
 from safetensors.numpy import save_file
 
 from interfuse.checkpoints.source import open_checkpoint
-from interfuse.engine.card import Made, use_of, write_card
 from interfuse.engine.merge import merge
+from interfuse.engine.output.card import Made, use_of, write_card
 from interfuse.pipeline import run
 
 

@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from interfuse import merge
-from interfuse.engine.journal import Journal
+from interfuse.engine.output.journal import Journal
 from interfuse.errors import CheckpointError
 
 #: Writes slowly, so that a merge takes long enough to be killed in its middle.
@@ -110,7 +110,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(models: Path
 
 def test_a_journal_is_not_believed(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = ties(models, "whole")
-    monkeypatch.setattr("interfuse.engine.folder._checked", _interrupt)
+    monkeypatch.setattr("interfuse.engine.output.folder._checked", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         ties(models)
     monkeypatch.undo()

@@ -179,7 +179,7 @@ def test_files_resumed_and_stages_of_several_recipes(tmp_path: Path, monkeypatch
 
         return execute(*given, **(more | {"done": note}))
 
-    monkeypatch.setattr("interfuse.engine.folder.execute", killed)
+    monkeypatch.setattr("interfuse.engine.output.folder.execute", killed)
     with pytest.raises(KeyboardInterrupt):
         itf.merge("ties", paths, out=tmp_path / "again", threads=1, **options)
     monkeypatch.undo()

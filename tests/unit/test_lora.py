@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from torch import nn
 
-from interfuse.checkpoints.lora import open_adapter, with_adapter
-from interfuse.checkpoints.lowrank import add_product
+from interfuse.checkpoints.adapters.lora import open_adapter, with_adapter
+from interfuse.checkpoints.adapters.lowrank import add_product
 from interfuse.checkpoints.names import align
 from interfuse.checkpoints.source import Checkpoint, open_checkpoint
-from interfuse.engine.adapters import merge_adapters
-from interfuse.engine.extract import extract_lora
+from interfuse.engine.adapters.extract import extract_lora
+from interfuse.engine.adapters.merging import merge_adapters
 from interfuse.errors import CheckpointError, OptionError
 
 peft = pytest.importorskip("peft")

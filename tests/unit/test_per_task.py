@@ -191,7 +191,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path: Path, monkeyp
         (given[2] / "tasks" / "rest").mkdir(parents=True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("interfuse.engine.folder.write_tasks", killed)
+    monkeypatch.setattr("interfuse.engine.output.folder.write_tasks", killed)
     with pytest.raises(KeyboardInterrupt):
         merged(tmp_path, out="again")
     assert not (tmp_path / "again").exists()

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from interfuse.engine import proof
 from interfuse.engine.merge import merge
-from interfuse.engine.proof import judged, missing_parts
+from interfuse.engine.output import proof
+from interfuse.engine.output.proof import judged, missing_parts
 from interfuse.errors import CheckpointError
 from interfuse.pipeline import run
 

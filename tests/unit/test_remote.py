@@ -16,8 +16,8 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
+from interfuse.checkpoints.remote.urls import cache_folder
 from interfuse.checkpoints.source import open_checkpoint
-from interfuse.checkpoints.urls import cache_folder
 from interfuse.engine.merge import merge
 from interfuse.engine.opening import open_references
 from interfuse.errors import CheckpointError

@@ -12,11 +12,11 @@ import jinja2
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from interfuse.checkpoints import union as union_module
-from interfuse.checkpoints.chat import FORMATS, template_of, with_chat_template
-from interfuse.checkpoints.tokenizer import Tokenizer as Data
-from interfuse.checkpoints.tokenizer import read_tokenizer, tokenizer_files, with_tokens
-from interfuse.checkpoints.union import union
+from interfuse.checkpoints.tokenizers import union as union_module
+from interfuse.checkpoints.tokenizers.chat import FORMATS, template_of, with_chat_template
+from interfuse.checkpoints.tokenizers.tokenizer import Tokenizer as Data
+from interfuse.checkpoints.tokenizers.tokenizer import read_tokenizer, tokenizer_files, with_tokens
+from interfuse.checkpoints.tokenizers.union import union
 from interfuse.errors import CheckpointError, MissingExtra, RecipeError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -607,7 +607,7 @@ def test_the_same_bytes_each_time_and_after_an_interruption(zoo: Path, tmp_path:
     def stop(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("interfuse.engine.folder._checked", stop)
+    monkeypatch.setattr("interfuse.engine.output.folder._checked", stop)
     with pytest.raises(KeyboardInterrupt):
         interfuse.run(asked, tmp_path / "c", progress=False)
     monkeypatch.undo()

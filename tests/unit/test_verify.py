@@ -190,7 +190,7 @@ def test_a_missing_shard_is_named(work: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_merges_that_were_resumed_are_well(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from interfuse.engine.journal import Journal
+    from interfuse.engine.output.journal import Journal
 
     note, seen = Journal.note, []
 
@@ -289,7 +289,7 @@ def test_extracted_and_merged_adapters(work: Path) -> None:
     assert ("inputs", "a") in wrong(interfuse.verify("one"))
     adapter(work / "x", 8)
     adapter(work / "y", 9)
-    from interfuse.engine.adapters import merge_adapters
+    from interfuse.engine.adapters.merging import merge_adapters
 
     merge_adapters("knots", ["x", "y"], "both", weights=[1, 2], density=0.5, seed=3)
     assert interfuse.verify("both", again=True).good

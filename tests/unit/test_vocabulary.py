@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from interfuse.checkpoints import embedding
-from interfuse.checkpoints.embedding import Fill, embedding_rows, vocabulary_tensors, with_vocabulary
 from interfuse.checkpoints.header import TensorSpec
 from interfuse.checkpoints.places import LocalFile, Stored
 from interfuse.checkpoints.source import Checkpoint, open_checkpoint
 from interfuse.checkpoints.tensors import to_tensor
-from interfuse.checkpoints.tokenizer_choice import TokenRule, read_choice, reference_text
-from interfuse.checkpoints.vocabulary import Vocabulary, vocabulary
+from interfuse.checkpoints.tokenizers import embedding
+from interfuse.checkpoints.tokenizers.choice import TokenRule, read_choice, reference_text
+from interfuse.checkpoints.tokenizers.embedding import Fill, embedding_rows, vocabulary_tensors, with_vocabulary
+from interfuse.checkpoints.tokenizers.vocabulary import Vocabulary, vocabulary
 from interfuse.errors import CheckpointError, RecipeError
 
 WORDS = {"base": ["a", "b", "c"], "one": ["a", "c", "x", "y"], "two": ["c", "b", "y", "z"]}

@@ -22,7 +22,7 @@ from interfuse.checkpoints.folders import INDEX, MODULES, PIPELINE, SAFE, TORCH,
 from interfuse.checkpoints.header import STORAGE, Entry, read_header
 from interfuse.checkpoints.header import TensorSpec as TensorSpec
 from interfuse.checkpoints.places import File, LocalFile, Place, Resident, Stored
-from interfuse.checkpoints.store import Store
+from interfuse.checkpoints.remote.store import Store
 from interfuse.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from interfuse.checkpoints.numbers import narrow, widen
-from interfuse.checkpoints.remote import open_anywhere
+from interfuse.checkpoints.remote.headers import open_anywhere
 from interfuse.checkpoints.source import Checkpoint, TensorSpec, hash_block, hash_blocks, open_checkpoint
 from interfuse.errors import CheckpointError, Problem, nearest
 

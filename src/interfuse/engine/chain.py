@@ -17,11 +17,11 @@ from typing import NamedTuple
 import numpy as np
 
 from interfuse.checkpoints.source import Checkpoint
-from interfuse.checkpoints.tokenizer import MAIN, read_tokenizer
-from interfuse.engine.folder import files_beside
+from interfuse.checkpoints.tokenizers.tokenizer import MAIN, read_tokenizer
 from interfuse.engine.global_trim import global_cuts
 from interfuse.engine.merging import Merging
 from interfuse.engine.opening import open_references
+from interfuse.engine.output.folder import files_beside
 from interfuse.engine.outputs import job
 from interfuse.engine.scheduler import run_jobs
 from interfuse.engine.selection import Cut

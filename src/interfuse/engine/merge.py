@@ -20,9 +20,9 @@ from interfuse.checkpoints.source import Checkpoint, open_checkpoint
 from interfuse.checkpoints.tasks import on_disk
 from interfuse.checkpoints.writer import MemoryWriter, whole_folder
 from interfuse.engine.chain import plan_recipe
-from interfuse.engine.folder import merge_into
 from interfuse.engine.local import execute
 from interfuse.engine.on_device import device_for
+from interfuse.engine.output.folder import merge_into
 from interfuse.errors import CheckpointError, ModelError, OptionError, Problem, UserError, nearest
 from interfuse.plan import Plan
 from interfuse.recipe import Recipe

@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from interfuse.checkpoints.adapters import Adapter, open_adapter
+from interfuse.checkpoints.adapters.lora import with_adapter
+from interfuse.checkpoints.adapters.pairs import Adapter, open_adapter
 from interfuse.checkpoints.config import output_config
-from interfuse.checkpoints.embedding import embedding_rows
-from interfuse.checkpoints.lora import with_adapter
-from interfuse.checkpoints.remote import free_space_problems, open_store, place_of, side_files
+from interfuse.checkpoints.remote.headers import free_space_problems, open_store, place_of, side_files
+from interfuse.checkpoints.remote.store import RemoteFile, Store
+from interfuse.checkpoints.remote.store import fetch as fetch_files
 from interfuse.checkpoints.source import Checkpoint
-from interfuse.checkpoints.store import RemoteFile, Store
-from interfuse.checkpoints.store import fetch as fetch_files
 from interfuse.checkpoints.tasks import open_model
-from interfuse.checkpoints.tokenizer import encode, has_tokenizer, tokenizer_files
+from interfuse.checkpoints.tokenizers.embedding import embedding_rows
+from interfuse.checkpoints.tokenizers.tokenizer import encode, has_tokenizer, tokenizer_files
 from interfuse.errors import CheckpointError, Problem, UserError
 from interfuse.plan import Plan, config_of
 from interfuse.recipe.references import Reference

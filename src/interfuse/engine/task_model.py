@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from interfuse.checkpoints.tasks import open_task
 from interfuse.checkpoints.writer import whole_folder
 from interfuse.engine.chain import plan_recipe
-from interfuse.engine.folder import merge_into
+from interfuse.engine.output.folder import merge_into
 from interfuse.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The words of a merge: what `tokenizer_source`, `tokenizer` and `chat_template` make of its models and its output.
 
 Decided from headers and tokenizer files, before there is a plan: models whose embeddings all have the output's rows, and the
-files that go beside its weights. Which tokens and rows these are is for `checkpoints.vocabulary` to say; no tensor is read.
+files that go beside its weights. Which tokens and rows these are is for `checkpoints.tokenizers` to say; no tensor is read.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from interfuse.checkpoints.chat import template_of, with_chat_template
-from interfuse.checkpoints.embedding import Fill, embedding_rows, resized, vocabulary_tensors, with_vocabulary
 from interfuse.checkpoints.names import match_names
-from interfuse.checkpoints.remote import place_of, side_files
+from interfuse.checkpoints.remote.headers import place_of, side_files
+from interfuse.checkpoints.remote.store import Store
 from interfuse.checkpoints.source import Checkpoint
-from interfuse.checkpoints.store import Store
 from interfuse.checkpoints.ties import tie
-from interfuse.checkpoints.tokenizer import Home, has_tokenizer, tokenizer_files
-from interfuse.checkpoints.vocabulary import CONFIGS, Vocabulary, vocabulary
+from interfuse.checkpoints.tokenizers.chat import template_of, with_chat_template
+from interfuse.checkpoints.tokenizers.embedding import Fill, embedding_rows, resized, vocabulary_tensors, with_vocabulary
+from interfuse.checkpoints.tokenizers.tokenizer import Home, has_tokenizer, tokenizer_files
+from interfuse.checkpoints.tokenizers.vocabulary import CONFIGS, Vocabulary, vocabulary
 from interfuse.engine.opening import fetch_side_files, open_references
 from interfuse.errors import CheckpointError, Problem, RecipeError, UserError
 from interfuse.plan import Wording, config_of

@@ -16,9 +16,9 @@ from interfuse.checkpoints.numbers import widen
 from interfuse.checkpoints.places import Resident
 from interfuse.checkpoints.source import Checkpoint
 from interfuse.checkpoints.writer import check_output, whole_folder
-from interfuse.engine.card import Made, write_card
-from interfuse.engine.folder import merge_into
 from interfuse.engine.opening import fetch, open_references
+from interfuse.engine.output.card import Made, write_card
+from interfuse.engine.output.folder import merge_into
 from interfuse.errors import OptionError, Problem
 from interfuse.mixture.gates import gate_vectors
 from interfuse.mixture.layouts import PARTS

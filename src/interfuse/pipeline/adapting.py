@@ -1,4 +1,4 @@
-"""A recipe whose models are all LoRA adapters, without their base: one adapter out, through `engine.adapters`.
+"""A recipe whose models are all LoRA adapters, without their base: one adapter out, through `engine.adapters.merging`.
 
 One value of each option holds for all modules here; what a recipe can say of layers, parts and tokenizers is of models.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from interfuse.checkpoints.writer import check_output, whole_folder
-from interfuse.engine.adapters import Prepared, prepare, write
+from interfuse.engine.adapters.merging import Prepared, prepare, write
 from interfuse.errors import Problem, RecipeError
 from interfuse.pipeline.record import RunRecord, versions
 from interfuse.pipeline.record import write as write_record

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interfuse.checkpoints.adapters import is_adapter
+from interfuse.checkpoints.adapters.pairs import is_adapter
 from interfuse.errors import CheckpointError, ModelError, Problem
 from interfuse.pipeline.record import DESCRIPTION, RECIPE
 from interfuse.recipe import load_recipe

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from interfuse import __version__
-from interfuse.engine.card import NAME as CARD
-from interfuse.engine.card import Made, Use, add_quality, listed, write_card
+from interfuse.engine.output.card import NAME as CARD
+from interfuse.engine.output.card import Made, Use, add_quality, listed, write_card
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import names_of
 from interfuse.report.plan import text

@@ -16,8 +16,8 @@ from torch import nn
 
 from interfuse.checkpoints.writer import check_output
 from interfuse.engine.chain import plan_recipe
-from interfuse.engine.folder import merge_into
 from interfuse.engine.merge import merge
+from interfuse.engine.output.folder import merge_into
 from interfuse.evaluation.soup import choose, measured
 from interfuse.models import load_model
 from interfuse.pipeline.finished import load_network

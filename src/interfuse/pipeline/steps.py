@@ -14,8 +14,8 @@ from interfuse.checkpoints.numbers import FLOATS, float_named
 from interfuse.checkpoints.tasks import on_disk
 from interfuse.checkpoints.writer import whole_folder
 from interfuse.engine.estimate import room_for
-from interfuse.engine.folder import merge_into
 from interfuse.engine.on_device import device_for
+from interfuse.engine.output.folder import merge_into
 from interfuse.errors import OptionError, Problem, nearest
 from interfuse.pipeline.adapting import merges_adapters, run_adapters
 from interfuse.pipeline.finished import code_of, description, is_saved

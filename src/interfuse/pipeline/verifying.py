@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from interfuse import __version__
-from interfuse.checkpoints.adapters import WEIGHTS
+from interfuse.checkpoints.adapters.pairs import WEIGHTS
 from interfuse.checkpoints.hashes import hash_file, line_of
 from interfuse.checkpoints.source import Checkpoint, hash_block, hash_blocks, hash_of, open_checkpoint
-from interfuse.engine.adapters import merge_adapters
+from interfuse.engine.adapters.extract import extract_lora
+from interfuse.engine.adapters.merging import merge_adapters
 from interfuse.engine.chain import plan_recipes
-from interfuse.engine.extract import extract_lora
-from interfuse.engine.folder import merge_into
 from interfuse.engine.opening import open_references
+from interfuse.engine.output.folder import merge_into
 from interfuse.errors import CheckpointError, Problem, UserError
 from interfuse.pipeline.adapting import prepared_by
 from interfuse.pipeline.finished import description

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from interfuse.checkpoints.adapters import is_adapter
+from interfuse.checkpoints.adapters.pairs import is_adapter
 from interfuse.checkpoints.tasks import on_disk
 from interfuse.errors import OptionError, Problem
 from interfuse.recipe.merges import BESIDE, entries_in, is_plain, merge_problems, tokenizer_models

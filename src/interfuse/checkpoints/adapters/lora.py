@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from interfuse.checkpoints.adapters import Adapter, Pair
-from interfuse.checkpoints.adapters import open_adapter as open_adapter
-from interfuse.checkpoints.embedding import is_vocabulary
+from interfuse.checkpoints.adapters.pairs import Adapter, Pair
+from interfuse.checkpoints.adapters.pairs import open_adapter as open_adapter
 from interfuse.checkpoints.names import align
 from interfuse.checkpoints.numbers import STORED_FLOATS, widen
 from interfuse.checkpoints.places import Place
 from interfuse.checkpoints.source import BLOCK, Checkpoint, TensorSpec
+from interfuse.checkpoints.tokenizers.embedding import is_vocabulary
 from interfuse.errors import CheckpointError, Problem
 
 #: Widened factors that are kept for the next block; a model has one pair for each of its tensors.
@@ -281,7 +281,7 @@ class _LowRank:
         return out
 
     def _sum(self, start: int, stop: int) -> np.ndarray:
-        from interfuse.checkpoints.lowrank import add_product  # Numba takes a third of a second to import
+        from interfuse.checkpoints.adapters.lowrank import add_product  # Numba takes a third of a second to import
 
         out = _widened(self.below.block(start, stop), self.dtype, self.kind)
         first = start // self.shape[1]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from interfuse.checkpoints.folders import INDEX, MODULES, PIPELINE, SAFE, TORCH, weight_map
-from interfuse.checkpoints.store import Store
+from interfuse.checkpoints.remote.store import Store
 from interfuse.errors import CheckpointError, MissingExtra, Problem
 from interfuse.extras import require
 from interfuse.progress import track

@@ -22,19 +22,19 @@ from interfuse.checkpoints.folders import TORCH, inner_of, is_weights, split
 from interfuse.checkpoints.hashes import file_hashes, tensor_lines
 from interfuse.checkpoints.layers import find_layers
 from interfuse.checkpoints.numbers import FLOATS
-from interfuse.checkpoints.remote import OTHER_FORMS
+from interfuse.checkpoints.remote.headers import OTHER_FORMS
 from interfuse.checkpoints.shards import ShardWriter
 from interfuse.checkpoints.source import Checkpoint, hash_of, open_folder
 from interfuse.checkpoints.tasks import FOLDER as TASKS
 from interfuse.checkpoints.tasks import TABLE
-from interfuse.checkpoints.tokenizer import decode, encode
-from interfuse.engine.card import write_merge_card
-from interfuse.engine.journal import Journal
+from interfuse.checkpoints.tokenizers.tokenizer import decode, encode
 from interfuse.engine.local import execute
 from interfuse.engine.merging import Merging
 from interfuse.engine.opening import fetch
+from interfuse.engine.output.card import write_merge_card
+from interfuse.engine.output.journal import Journal
+from interfuse.engine.output.proof import missing_parts, proof
 from interfuse.engine.per_task import write_tasks
-from interfuse.engine.proof import missing_parts, proof
 from interfuse.errors import CheckpointError, Problem
 from interfuse.plan import Output, Plan, config_of
 from interfuse.registry import find

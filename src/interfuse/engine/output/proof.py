@@ -24,7 +24,7 @@ import interfuse
 from interfuse.checkpoints.folders import MODULES, PIPELINE
 from interfuse.checkpoints.header import TensorSpec, encode_header
 from interfuse.checkpoints.source import Checkpoint
-from interfuse.engine.loading import CANT
+from interfuse.engine.output.loading import CANT
 from interfuse.errors import CheckpointError, Problem
 from interfuse.plan import config_of
 
@@ -153,7 +153,7 @@ def _started(folder: Path, models: list[tuple[Any, Mapping[str, TensorSpec]]]) -
     paths = [str(Path(interfuse.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     quiet = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.Popen(
-        [sys.executable, "-m", "interfuse.engine.loading", *(str(folder / str(i)) for i in range(len(models)))],
+        [sys.executable, "-m", "interfuse.engine.output.loading", *(str(folder / str(i)) for i in range(len(models)))],
         cwd=folder, env={**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(paths)},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 An adapter's change of a weight is s B A. What comes out is an adapter again; how a module's factors are merged is
 `adapter_methods`' part. To merge models that have adapters (with DoRA, or by other methods), open them with
-`checkpoints.lora.with_adapter` and merge those.
+`checkpoints.adapters.lora.with_adapter` and merge those.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from interfuse.checkpoints.adapter_writer import AdapterWriter, lora_config
-from interfuse.checkpoints.adapters import Adapter, Pair, open_adapter
+from interfuse.checkpoints.adapters.pairs import Adapter, Pair, open_adapter
+from interfuse.checkpoints.adapters.writer import AdapterWriter, lora_config
 from interfuse.checkpoints.numbers import FLOATS, STORED_FLOATS, float_named, widen
 from interfuse.checkpoints.writer import whole_folder
-from interfuse.engine.adapter_methods import Factors
+from interfuse.engine.adapters.methods import Factors
 from interfuse.errors import CheckpointError, OptionError, Problem, UserError, nearest
 from interfuse.methods.forms import normalized
 from interfuse.progress import track

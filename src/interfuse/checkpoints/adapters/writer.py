@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from interfuse.checkpoints.adapters import CONFIG, PREFIX, WEIGHTS
+from interfuse.checkpoints.adapters.pairs import CONFIG, PREFIX, WEIGHTS
 from interfuse.checkpoints.hashes import hash_file, lines_of
 from interfuse.checkpoints.numbers import narrow
 from interfuse.checkpoints.source import BLOCK, TensorSpec, open_checkpoint

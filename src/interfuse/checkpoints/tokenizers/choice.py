@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from interfuse.checkpoints.tokenizer import Home
+from interfuse.checkpoints.tokenizers.tokenizer import Home
 from interfuse.errors import Problem, RecipeError, nearest
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from interfuse.checkpoints.store import Store
+from interfuse.checkpoints.remote.store import Store
 from interfuse.errors import CheckpointError, MissingExtra, Problem
 from interfuse.extras import require
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from interfuse.checkpoints.folders import INDEX, SAFE, Weights, find_weights, indexed, is_weights
 from interfuse.checkpoints.header import Entry, header_of
-from interfuse.checkpoints.hub import hub_store, is_hub_id
+from interfuse.checkpoints.remote.hub import hub_store, is_hub_id
+from interfuse.checkpoints.remote.store import Store
+from interfuse.checkpoints.remote.urls import is_url, url_store
 from interfuse.checkpoints.source import Checkpoint, assembled, open_checkpoint, stored
-from interfuse.checkpoints.store import Store
-from interfuse.checkpoints.urls import is_url, url_store
 from interfuse.errors import CheckpointError, Problem
 
 #: What planning reads whole.

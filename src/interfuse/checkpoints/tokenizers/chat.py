@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from interfuse.checkpoints.tokenizer import CONFIG, TEMPLATE, TEMPLATES, decode, encode
+from interfuse.checkpoints.tokenizers.tokenizer import CONFIG, TEMPLATE, TEMPLATES, decode, encode
 from interfuse.errors import Problem, RecipeError, nearest
 
 #: Name -> template. Whitespace in a tag with `-` isn't part of the text.

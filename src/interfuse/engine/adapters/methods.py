@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from interfuse.engine.extract import leading
+from interfuse.engine.adapters.extract import leading
 from interfuse.engine.merge import merge
 from interfuse.methods.forms import Density, Normalize, Scale, normalized
 from interfuse.methods.knots import Combine, align_factors, merge_aligned

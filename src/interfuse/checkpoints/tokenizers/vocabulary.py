@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from interfuse.checkpoints.tokenizer import Home, Tokenizer, read_json, read_tokenizer, tokenizer_files, with_tokens
-from interfuse.checkpoints.tokenizer_choice import TokenRule, read_choice
-from interfuse.checkpoints.union import union
+from interfuse.checkpoints.tokenizers.choice import TokenRule, read_choice
+from interfuse.checkpoints.tokenizers.tokenizer import Home, Tokenizer, read_json, read_tokenizer, tokenizer_files, with_tokens
+from interfuse.checkpoints.tokenizers.union import union
 from interfuse.errors import CheckpointError, Problem, RecipeError
 
 #: Files that say what tokens mean to the model.

@@ -1,8 +1,8 @@
 """Folders loaded by transformers without their data: what is missing, unexpected, or of another shape, as it says itself.
 
-Run as a process of its own (`proof`), since a merge loads no torch: `python -m interfuse.engine.loading FOLDER...` prints a
-JSON list. A folder holds config.json and the header of model.safetensors over a hole: tensors are on torch's `meta` device,
-so that neither memory nor time grow with the model. No code from a folder runs.
+Run as a process of its own (`proof`), since a merge loads no torch: `python -m interfuse.engine.output.loading FOLDER...`
+prints a JSON list. A folder holds config.json and the header of model.safetensors over a hole: tensors are on torch's `meta`
+device, so that neither memory nor time grow with the model. No code from a folder runs.
 """
 
 from __future__ import annotations

@@ -15,12 +15,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from interfuse.checkpoints.adapter_writer import AdapterWriter, lora_config
+from interfuse.checkpoints.adapters.writer import AdapterWriter, lora_config
 from interfuse.checkpoints.names import listed
 from interfuse.checkpoints.numbers import FLOATS, STORED_FLOATS, float_named, narrow, widen
 from interfuse.checkpoints.source import BLOCK, Checkpoint, open_checkpoint
 from interfuse.checkpoints.writer import whole_folder
-from interfuse.engine.keeping import How, Parts, sort_parts
+from interfuse.engine.adapters.keeping import How, Parts, sort_parts
 from interfuse.engine.opening import open_references
 from interfuse.errors import CheckpointError, OptionError, Problem, nearest
 from interfuse.methods.decompose import directions

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from interfuse.checkpoints.tokenizer import Tokenizer, rewritten, with_core, with_tokens
+from interfuse.checkpoints.tokenizers.tokenizer import Tokenizer, rewritten, with_core, with_tokens
 from interfuse.errors import CheckpointError, Problem
 from interfuse.extras import require
 
