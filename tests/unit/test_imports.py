@@ -33,6 +33,7 @@ mixture
 inference
 evaluation
 training
+transfer
 report
 saving
 pipeline
@@ -84,6 +85,7 @@ PUBLIC = [
     "moe",
     "predict",
     "register",
+    "reset_statistics",
     "run",
     "save",
     "task_model",
