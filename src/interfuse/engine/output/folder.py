@@ -88,7 +88,7 @@ def merge_into(
         write_tasks(plan, merging, folder, recipes[-1], threads=threads)
         loading.finish()
         journal.close()
-    left_out = _copy_side_files(lead.folder, folder, list(stems)) if lead.folder else []
+    left_out = copy_side_files(lead.folder, folder, list(stems)) if lead.folder else []
     _put(folder, beside)
     made = provenance(plan, sources, merging, recipes)
     written = {name: (spec, merging.written[name]) for name, spec in there.specs.items()}
@@ -154,7 +154,7 @@ def read_hash(source: Checkpoint, number: int, merging: Merging) -> dict[str, An
     return {"xxh3": hash_of(read), **({"unread": unread} if unread else {})}
 
 
-def _copy_side_files(source: Path, folder: Path, merged: Sequence[str]) -> list[str]:
+def copy_side_files(source: Path, folder: Path, merged: Sequence[str]) -> list[str]:
     """Copy config, tokenizer, code, sub-folders and the like; what was left behind, the merged weights aside."""
     left_out: list[str] = []
     for item in sorted(source.iterdir()):
