@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from interfuse.checkpoints.header import TensorSpec
 from interfuse.errors import CheckpointError, Problem
@@ -114,10 +115,36 @@ class Stored(NamedTuple):
         return found
 
 
+class Strided:
+    """A tensor in a file whose elements lie there in another order, as a transposed one's do; `strides` count elements.
+
+    A class, because it's read whole when it's first asked for, and kept from then on. `place` is where all of it lies.
+    """
+
+    def __init__(self, place: Stored, spec: TensorSpec, strides: tuple[int, ...]):
+        self.place, self.spec, self.strides = place, spec, strides
+        self._lock = threading.Lock()
+        self._found: np.ndarray | None = None
+
+    @property
+    def file(self) -> File:
+        """The file that it lies in."""
+        return self.place.file
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        """Elements `start` to `stop`: a view."""
+        with self._lock:
+            if self._found is None:
+                there = self.place.block(0, self.place.spec.count)
+                steps = [step * there.itemsize for step in self.strides]
+                self._found = np.ascontiguousarray(as_strided(there, self.spec.shape, steps)).reshape(-1)
+        return self._found[start:stop]
+
+
 class Resident(NamedTuple):
     """A tensor in memory, contiguous; `get` gives it, so that what must be copied is copied only when it is read.
 
-    `file` is what it was loaded from, as torch's own files are: their pages are mapped, so it must not change either.
+    `file` is what it was loaded from, if from one.
     """
 
     get: Callable[[], np.ndarray]

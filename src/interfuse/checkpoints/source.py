@@ -1,7 +1,7 @@
 """Named tensors wherever they are: `open_checkpoint(folder | file | module | mapping)` reads headers now and data late.
 
-safetensors needs no torch. Torch's own files are opened with `weights_only` and `mmap`: a pickle that asks for anything
-but tensors is refused, and there is no switch to allow it. Which files of a folder these are is for `folders` to say, and
+safetensors needs no torch. Torch's own files are opened with `weights_only`: a pickle that asks for anything but tensors is
+refused, and there is no switch to allow it. Which files of a folder these are is for `folders` to say, and
 what isn't on this machine for `remote` to open. Not a loader of models (`interfuse.models` builds those), and nothing here
 looks at what a tensor means.
 """
@@ -21,7 +21,7 @@ import xxhash
 from interfuse.checkpoints.folders import INDEX, MODULES, PIPELINE, SAFE, TORCH, Weights, find_weights, indexed, is_weights
 from interfuse.checkpoints.header import STORAGE, Entry, read_header
 from interfuse.checkpoints.header import TensorSpec as TensorSpec
-from interfuse.checkpoints.places import File, LocalFile, Place, Resident, Stored
+from interfuse.checkpoints.places import File, LocalFile, Place, Resident, Stored, Strided
 from interfuse.checkpoints.remote.store import Store
 from interfuse.errors import CheckpointError, Problem
 
@@ -77,7 +77,7 @@ class Checkpoint:
     def files(self, names: Iterable[str] | None = None) -> list[File]:
         """The files that tensors lie in, or these, in order; of tensors that are computed, all that they may be from."""
         places = list(self.places.values()) if names is None else [self.places[name] for name in names]
-        found = [place.file for place in places if isinstance(place, (Stored, Resident)) and place.file is not None]
+        found = [place.file for place in places if isinstance(place, (Stored, Strided, Resident)) and place.file is not None]
         if len(found) < len(places):
             found += [file for checkpoint in self.within for file in checkpoint.files()]
         return list(dict.fromkeys(found))
@@ -232,7 +232,7 @@ def _from_file(name: str, path: Path) -> Checkpoint:
         from interfuse.checkpoints.tensors import load_file
 
         file = LocalFile(path)  # as it is before it's loaded
-        return _in_memory(name, load_file(path), file)
+        return _in_memory(name, load_file(file), file)
     allowed = f"allowed: {', '.join((SAFE, *TORCH))}"
     raise CheckpointError(Problem(name, f"{path.name!r} isn't a file of weights", allowed))
 
@@ -256,12 +256,15 @@ def _module(module: Any) -> Checkpoint:
 
 
 def _in_memory(name: str, tensors: Mapping[str, Any], file: File | None = None) -> Checkpoint:
-    """The checkpoint of these tensors, which were loaded from `file`, if from one."""
+    """The checkpoint of these tensors, which were loaded from `file`, if from one; some may still lie in it."""
     specs: dict[str, TensorSpec] = {}
     places: dict[str, Place] = {}
     problems = []
     for key, value in tensors.items():
         try:
+            if isinstance(value, (Stored, Strided)):
+                specs[key], places[key] = value.spec, value
+                continue
             specs[key], get = _array(value) if isinstance(value, np.ndarray) else _tensor(value)
             places[key] = Resident(get, file)
         except CheckpointError as error:

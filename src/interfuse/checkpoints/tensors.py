@@ -5,6 +5,9 @@ Not a loader of arbitrary pickles: files are read with `weights_only=True`, with
 
 from __future__ import annotations
 
+import contextlib
+import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from interfuse.checkpoints.header import TensorSpec
+from interfuse.checkpoints.places import LocalFile, Stored, Strided
 from interfuse.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
@@ -37,6 +41,7 @@ _TORCH_NAMES = {
 }
 _SAFE_NAMES = {f"torch.{theirs}": ours for ours, theirs in _TORCH_NAMES.items()}
 _STATE_KEYS = ("state_dict", "model_state_dict", "model")
+_ZIP_HEAD = 30  # bytes before a record's name
 
 
 def spec_of(tensor: Any) -> TensorSpec:
@@ -70,22 +75,74 @@ def to_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
     return flat.view(getattr(torch, _TORCH_NAMES[dtype])).reshape(array.shape)
 
 
-def load_file(path: Path) -> Mapping[str, Any]:
-    """The state dict in a torch file, mapped where the file's format allows; anything unsafe is a `CheckpointError`."""
-    import torch
+def load_file(file: LocalFile) -> Mapping[str, Any]:
+    """The state dict in a torch file: a place in the file for each tensor that can be read there, else what torch loads.
 
+    A zip file (torch's form since 1.6) has each storage as a record of its own, uncompressed, so that its tensors are read
+    when they are asked for, as those of a .safetensors file are. Older files, compressed ones and those of big-endian
+    machines are loaded whole. Nothing is mapped. Anything unsafe is a `CheckpointError`.
+    """
+    found: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # what is wrong with the file is said when it's loaded
+        records = _records(file.path)
+        state = _state_dict(file.path, _load(file.path, "meta")) if records else {}
+        found = {name: _placed(value, file, records) for name, value in state.items()}
+    if found and all(value is not None for value in found.values()):
+        return found
     try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before torch 1.6 can't be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _load(file.path, "cpu")
     except Exception as error:  # a damaged or hostile pickle can raise anything
         reason = str(error).strip().partition("\n")[0][:200]
         wrong = f"can't be read as plain weights ({type(error).__name__}: {reason})"
-        raise CheckpointError(Problem(str(path), wrong, "save its state_dict as .safetensors")) from None
+        raise CheckpointError(Problem(str(file.path), wrong, "save its state_dict as .safetensors")) from None
+    placed = {name: value for name, value in found.items() if value is not None}
+    return {**_state_dict(file.path, content), **placed}
+
+
+def _load(path: Path, device: str) -> Any:
+    import torch
+
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def _state_dict(path: Path, content: Any) -> Mapping[str, Any]:
+    """The state dict that a torch file holds, or holds under one of the usual names."""
     if not isinstance(content, Mapping):
         raise CheckpointError(Problem(str(path), f"holds a {type(content).__name__}", "give a file with a state_dict"))
     for key in _STATE_KEYS:
         if isinstance(content.get(key), Mapping):
             return content[key]
     return content
+
+
+def _records(path: Path) -> dict[int, int]:
+    """The byte where each uncompressed record of a zip file begins, and its size; none if numbers are big-endian there."""
+    found: dict[int, int] = {}
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        for item in archive.infolist():
+            if item.filename.endswith("/byteorder") and archive.read(item) != b"little":
+                return {}
+            if item.compress_type == zipfile.ZIP_STORED:
+                head = os.pread(file.fileno(), _ZIP_HEAD, item.header_offset)
+                lengths = (int.from_bytes(head[at : at + 2], "little") for at in (26, 28))  # of its name and of what follows
+                found[item.header_offset + _ZIP_HEAD + sum(lengths)] = item.file_size
+    return found
+
+
+def _placed(value: Any, file: LocalFile, records: Mapping[int, int]) -> Any:
+    """Where a tensor without data lies in the file; None where that can't be told, and what isn't a tensor as it is."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return value
+    dtype, begin = _SAFE_NAMES.get(str(value.dtype)), getattr(value.untyped_storage(), "_checkpoint_offset", None)
+    if dtype is None or begin not in records or value.is_conj() or value.is_neg():
+        return None
+    spec, strides, first = TensorSpec(dtype, tuple(value.shape)), value.stride(), int(value.storage_offset())
+    reach = sum((n - 1) * step for n, step in zip(spec.shape, strides, strict=True)) + 1 if spec.count else 0
+    if (first + reach) * spec.storage.itemsize > records[begin]:
+        return None
+    place = Stored(file, begin + first * spec.storage.itemsize, TensorSpec(dtype, (reach,)))
+    if value.is_contiguous():
+        return place._replace(spec=spec)
+    return Strided(place, spec, strides)
