@@ -135,7 +135,7 @@ def _placed(value: Any, file: LocalFile, records: Mapping[int, int]) -> Any:
 
     if not isinstance(value, torch.Tensor):
         return value
-    dtype, begin = _SAFE_NAMES.get(str(value.dtype)), getattr(value.untyped_storage(), "_checkpoint_offset", None)
+    dtype, begin = _SAFE_NAMES.get(str(value.dtype)), getattr(value.untyped_storage(), "_checkpoint_offset", -1)
     if dtype is None or begin not in records or value.is_conj() or value.is_neg():
         return None
     spec, strides, first = TensorSpec(dtype, tuple(value.shape)), value.stride(), int(value.storage_offset())
