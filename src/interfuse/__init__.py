@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from interfuse.engine.adapters.extract import extract_lora as extract_lora
     from interfuse.engine.merge import merge as merge
     from interfuse.engine.task_model import task_model as task_model
+    from interfuse.ensemble.network import Ensemble as Ensemble
     from interfuse.errors import CheckpointError as CheckpointError
     from interfuse.errors import DataError as DataError
     from interfuse.errors import InterfuseError as InterfuseError
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from interfuse.inference.predict import predict as predict
     from interfuse.mixture import moe as moe
     from interfuse.models import load_model as load_model
-    from interfuse.modules.ensemble import Ensemble as Ensemble
     from interfuse.modules.fused import ModelFusion as ModelFusion
     from interfuse.pipeline import load_run as load_run
     from interfuse.pipeline import run as run
@@ -37,13 +37,15 @@ if TYPE_CHECKING:
     from interfuse.saving import load as load
     from interfuse.saving import save as save
     from interfuse.training.fit import fit as fit
+    from interfuse.training.statistics import reset_statistics as reset_statistics
+    from interfuse.transfer.transplant import transplant as transplant
 
 __version__ = "0.1.0"
 
 _HOME = {
     "CheckpointError": "errors",
     "DataError": "errors",
-    "Ensemble": "modules.ensemble",
+    "Ensemble": "ensemble.network",
     "InterfuseError": "errors",
     "MissingExtra": "errors",
     "ModelError": "errors",
@@ -63,9 +65,11 @@ _HOME = {
     "moe": "mixture",
     "predict": "inference.predict",
     "register": "registry",
+    "reset_statistics": "training.statistics",
     "run": "pipeline",
     "save": "saving",
     "task_model": "engine.task_model",
+    "transplant": "transfer.transplant",
     "verify": "pipeline",
     "write_report": "report.html",
 }

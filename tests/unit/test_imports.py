@@ -32,6 +32,7 @@ engine
 mixture
 inference
 evaluation
+ensemble
 training
 transfer
 report
@@ -89,6 +90,7 @@ PUBLIC = [
     "run",
     "save",
     "task_model",
+    "transplant",
     "verify",
     "write_report",
 ]
