@@ -159,6 +159,19 @@ def test_one_model_alone_is_trained_whole_or_only_its_last_layer(work: Path) -> 
         same(load_run(f"out-{freeze}", trust_code=True), work / f"out-{freeze}")
 
 
+def test_training_may_be_of_parts_or_of_factors(work: Path) -> None:
+    data = {"train": "train.npz", "validation": 0.25}
+    start = load_run_of("mlp").state_dict()
+    for name, how, moved in (
+        ("head", {"train_only": "head"}, {"3.weight", "3.bias"}),
+        ("lora", {"lora": 2, "layer_decay": 0.5, "l2_sp": 0.1, "precision": "32-true"}, {"1.weight", "3.weight", "3.bias"}),
+    ):
+        training = {"epochs": 1, "learning_rate": 0.01, **how}
+        run({"models": [net("mlp")], "data": data, "training": training}, name, trust_code=True, progress=False)
+        trained = weights(work / name)
+        assert {n for n in trained if not np.array_equal(trained[n], start[n].numpy())} == moved
+
+
 def test_one_model_alone_can_only_be_evaluated(work: Path) -> None:
     record = run({"models": [net("mlp")], "data": {"test": "test.npz"}}, "out", trust_code=True, progress=False)
     assert record.training is None

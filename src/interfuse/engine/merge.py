@@ -35,6 +35,9 @@ from interfuse.registry import problems_of
 if TYPE_CHECKING:
     import torch
 
+#: An attribute of a module that came out of a merge: what was measured of its parents (BatchNorm) isn't true of it.
+MERGED = "_merged_by_interfuse"
+
 
 def merge(
     method: str,
@@ -254,6 +257,7 @@ def _as_module(reference: torch.nn.Module, arrays: Mapping[str, np.ndarray], pla
         if state[name].dtype != tensor.dtype:  # changed in place: a parameter stays the same object, and so tied
             state[name].data = state[name].data.to(tensor.dtype)
     result.load_state_dict({**state, **merged})
+    result.__dict__[MERGED] = True
     return result
 
 

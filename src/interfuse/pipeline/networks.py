@@ -22,10 +22,9 @@ from interfuse.inference.batches import first
 from interfuse.inference.features import default_folder
 from interfuse.inference.predict import predict
 from interfuse.models import CODE, load_model, load_tokenizer
-from interfuse.modules.ensemble import Ensemble
+from interfuse.ensemble.network import Ensemble
 from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import split_batch
-from interfuse.modules.taps import find_tap
 from interfuse.pipeline.finished import is_saved, load_network
 from interfuse.pipeline.trial import try_networks
 from interfuse.recipe import Recipe
@@ -33,6 +32,7 @@ from interfuse.recipe.check import experts_of, names_of, options_of, weights_of
 from interfuse.recipe.schema import DataSection, ModelEntry
 from interfuse.saving import write_model
 from interfuse.training.fit import fit
+from interfuse.training.parameters import heads
 
 
 @dataclass
@@ -253,11 +253,11 @@ def train(recipe: Recipe, model: nn.Module, sets: Mapping[str, Data], device: st
 def _last_linear(model: nn.Module, data: Data) -> list[str]:
     """The parameters' names of the linear layer that runs last."""
     inputs, _ = split_batch(first(data.loader(2)))
-    tap = find_tap(model, inputs)
-    if tap.side != "input":
+    found = heads(model, inputs)
+    if not found:
         allowed = "freeze: false, or a network that ends in a Linear layer"
         raise ModelError(Problem("models[0].freeze", "the network doesn't end in a Linear layer to train", allowed))
-    return [f"{tap.path}.{name}" for name, _ in model.get_submodule(tap.path).named_parameters()]
+    return [f"{found[0]}.*"]
 
 
 def evaluate(recipe: Recipe, model: nn.Module, data: Data, device: str, *, progress: bool) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from pydantic_core import PydanticCustomError
 
 from interfuse.errors import RecipeError
 from interfuse.recipe.references import Reference
-from interfuse.registry import Method, methods
 
 
 def _as_text(value: Any) -> Any:
@@ -264,6 +263,28 @@ class Training(Section):
     metric: Ref | None = Field(
         default=None, description="What the best epoch is chosen by: accuracy for classes, else the loss."
     )
+    train_only: list[str] | str | None = Field(
+        default=None, description="What is trained: patterns of parameters' names, or head; left out, all that isn't frozen."
+    )
+    lora: Any = Field(
+        default=None,
+        description="Train low-rank factors in place of layers: their rank, or options of peft's LoraConfig.",
+        json_schema_extra={"anyOf": [{"type": "integer", "minimum": 1}, {"type": "object"}, {"type": "null"}]},
+    )
+    layer_decay: float | None = Field(
+        default=None, gt=0, le=1, description="What the learning rate is multiplied by from each layer to the one below it."
+    )
+    l2_sp: NonNegative | None = Field(default=None, description="How strongly weights are held to where they start.")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] | None = Field(
+        default=None, description="The arithmetic of training, as Lightning names it; left out, 32-true."
+    )
+
+    @field_validator("lora")
+    @classmethod
+    def _lora(cls, value: Any) -> Any:
+        if value is None or isinstance(value, dict) or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise PydanticCustomError("lora", "should be a rank from 1, or options of peft's LoraConfig")
 
 
 class Evaluate(Section):
@@ -362,31 +383,3 @@ SECTIONS: dict[str, type[Section]] = {
     "training": Training,
     "evaluate": Evaluate,
 }
-
-
-def options_schema(method: Method) -> dict[str, Any]:
-    """The options that a recipe may give `method`, as JSON Schema properties."""
-    wide = Wide.model_json_schema()["properties"] if method.level == "features" else {}
-    return method.options.model_json_schema().get("properties", {}) | wide
-
-
-def recipe_schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe, for editors: with the methods' names and, for each, its options."""
-    schema = Recipe.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    rules = []
-    shared = {"weight": {"type": "number"}, "int8_mask": {}}  # what mergekit's recipes may hold beside a method's options
-    for key, levels in (("fusion", ("features", "outputs")), ("merge_method", ("weights", "adapters"))):
-        known: dict[str, dict[str, Any]] = {}
-        for method in [m for m in methods() if m.level in levels]:
-            more = options_schema(method) | (shared if key == "merge_method" else {})
-            known[method.name] = more | known.get(method.name, {})
-        field = schema["properties"][key]
-        field.pop("anyOf", None)
-        field.update({"type": "string", "examples": list(known)})
-        for name, properties in known.items():
-            parameters = {"properties": properties, "additionalProperties": False}
-            rule = {"properties": {key: {"const": name}}, "required": [key]}
-            rules.append({"if": rule, "then": {"properties": {"parameters": parameters}}})
-    schema["allOf"] = rules
-    return schema

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from interfuse.recipe.schema import options_schema
+from interfuse.recipe.json_schema import options_schema
 from interfuse.registry import Level, Method
 
 #: The key of a recipe that names a method of each level, and what the level fuses.

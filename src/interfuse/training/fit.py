@@ -7,7 +7,6 @@ included, restored at the end.
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
 import logging
 import math
@@ -33,6 +32,8 @@ from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import call, move, prediction, split_batch
 from interfuse.modules.taps import quiet
 from interfuse.training.losses import LOSSES, Loss, loss_for, metric_for
+from interfuse.training.parameters import options_problems, trained
+from interfuse.training.statistics import renew_if_merged
 
 if TYPE_CHECKING:
     from interfuse.training.loop import KeepBest, Loop
@@ -48,6 +49,7 @@ class FitRecord:
     best_epoch: whose weights the model has now; 0 is the start. best: that epoch's validation values.
     start: which network the fusion started from, "mean", or "" where it has no parents to start from.
     cached: whether the features of frozen networks came from the cache; `why_not` says why where they didn't.
+    statistics: in how many layers BatchNorm's statistics were estimated anew, because the model came out of a merge.
     seconds: all of it; train_seconds: without finding the start and computing features.
     """
 
@@ -58,6 +60,7 @@ class FitRecord:
     start: str = ""
     cached: bool = False
     why_not: str = ""
+    statistics: int = 0
     seconds: float = 0.0
     train_seconds: float = 0.0
 
@@ -74,7 +77,10 @@ def fit(
     loss: str | Loss = "auto",
     metric: AnyMetric | None = None,
     patience: int | None = 5,
-    train_only: Sequence[str] | None = None,
+    train_only: str | Sequence[str] | None = None,
+    lora: int | Mapping[str, Any] | None = None,
+    layer_decay: float | None = None,
+    l2_sp: float = 0.0,
     cache: bool | str | Path = True,
     seed: int = 0,
     callbacks: Sequence[Any] = (),
@@ -92,7 +98,11 @@ def fit(
         output), mean squared error for floats.
     metric: what the best epoch is chosen by, then the loss; default accuracy for classes, the loss alone otherwise.
     patience: epochs without a better validation before stopping; None never stops.
-    train_only: globs of parameters' names; all others are kept as they are during this fit.
+    train_only: globs of parameters' names, or "head"; all others are kept as they are during this fit.
+    lora: train low-rank factors in place of the linear and convolutional layers, and the head whole: their rank (with
+        lora_alpha twice that), or options of peft's `LoraConfig`. In the end they are added to the weights.
+    layer_decay: layer l of L is trained with learning_rate * layer_decay^(L - l), in (0, 1]; heads with the rate itself.
+    l2_sp: adds l2_sp/2 |w - w0|^2 to the loss, w0 the start (L2-SP, Li et al. 2018, 1802.01483); with weight_decay=0 as there.
     cache: keep the features of frozen networks on disk and train on those; a folder to choose where, False to recompute
         them in each step. They are recomputed anyway where they can't be cached, as the record says.
     checkpoints: a folder for Lightning's checkpoints; resume: one of them to go on from, with the same options: on one
@@ -104,7 +114,7 @@ def fit(
     after this or any other error in training the model has the best weights until then.
     """
     require("lightning.pytorch")
-    from interfuse.training.loop import Loop
+    from interfuse.training.loop import Loop, Rates
 
     begun = time.monotonic()
     _check(
@@ -115,6 +125,9 @@ def fit(
         weight_decay=weight_decay,
         patience=patience,
         seed=seed,
+        lora=lora,
+        layer_decay=layer_decay,
+        l2_sp=l2_sp,
         loss=loss,
         resume=resume,
         trainer=trainer,
@@ -123,8 +136,10 @@ def fit(
         loaders = _loaders(train, validation, batch_size, seed)
         inputs, targets = split_batch(first(loaders[0], "train"))
         outputs = _try(model, inputs)
-        loop = Loop(model, loss_for(loss, outputs, targets), metric_for(metric, outputs, targets), learning_rate, weight_decay)
-        with _trained(model, train_only):
+        renewed = renew_if_merged(model, loaders[0])
+        rates = Rates(learning_rate, weight_decay, layer_decay, l2_sp)
+        loop = Loop(model, loss_for(loss, outputs, targets), metric_for(metric, outputs, targets), rates)
+        with trained(model, inputs, train_only, lora):
             if epochs and not any(p.requires_grad for p in model.parameters()):
                 raise ModelError(Problem("model", "nothing in it is trained", "freeze=False, a head, or train_only"))
             loaders, reason = _from_cache(model, loaders, cache, progress)
@@ -134,10 +149,10 @@ def fit(
             ready = time.monotonic()
             options = {"max_epochs": epochs, "callbacks": _callbacks(callbacks, checkpoints, progress), **trainer}
             keeper = _run(loop, loaders, values, seed, patience, resume, options)
-    return _record(loop, keeper, start, reason, begun, ready)
+    return _record(loop, keeper, start, reason, renewed, begun, ready)
 
 
-def _record(loop: Loop, keeper: KeepBest, start: str, reason: str, begun: float, ready: float) -> FitRecord:
+def _record(loop: Loop, keeper: KeepBest, start: str, reason: str, renewed: int, begun: float, ready: float) -> FitRecord:
     now = time.monotonic()
     best = {key: v for row in keeper.history if row["epoch"] == keeper.epoch for key, v in row.items() if "validation" in key}
     return FitRecord(
@@ -148,6 +163,7 @@ def _record(loop: Loop, keeper: KeepBest, start: str, reason: str, begun: float,
         start=start,
         cached=not reason,
         why_not=reason,
+        statistics=renewed,
         seconds=now - begun,
         train_seconds=now - ready,
     )
@@ -167,6 +183,7 @@ def _check(*, trainer: Mapping[str, Any], resume: Any, loss: Any, **given: Any) 
     problems = [
         Problem(name, f"got {given[name]!r}", allowed) for name, (fine, allowed) in rules.items() if not fine(given[name])
     ]
+    problems += options_problems(given["lora"], given["layer_decay"], given["l2_sp"])
     if not callable(loss) and loss not in LOSSES:
         problems.append(Problem("loss", f"got {loss!r}", f"{nearest(str(loss), LOSSES)} Or a function."))
     if resume is not None and not Path(resume).exists():
@@ -202,35 +219,6 @@ def _place_and_mode_kept(model: nn.Module) -> Iterator[None]:
         model.eval()
         if before is not None and next(model.parameters()).device != before:
             model.to(before)
-
-
-@contextmanager
-def _trained(model: nn.Module, train_only: Sequence[str] | None) -> Iterator[None]:
-    """Within it, only the parameters that match are trained; the frozen networks of a fusion never are."""
-    if train_only is None:
-        yield
-        return
-    patterns = [train_only] if isinstance(train_only, str) else list(train_only)
-    frozen = tuple(f"backbones.{k}." for k, kept in enumerate(model.freeze) if kept) if isinstance(model, ModelFusion) else ()
-    before = {name: p.requires_grad for name, p in model.named_parameters()}
-    names = [name for name in before if not name.startswith(frozen)]
-    problems = [
-        Problem("train_only", f"{p!r} matches only what is frozen", "make the fusion with freeze=False")
-        if fnmatch.filter(before, p)
-        else Problem("train_only", f"{p!r} matches no parameter", nearest(p, names))
-        for p in patterns
-        if not fnmatch.filter(names, p)
-    ]
-    if problems:
-        raise OptionError(*problems)
-    chosen = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
-    try:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in chosen)
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(before[name])
 
 
 def _loaders(train: Any, validation: Any, batch_size: int, seed: int) -> Loaders:

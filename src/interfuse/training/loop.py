@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as lightning
 import torch
@@ -26,6 +26,7 @@ from interfuse.evaluation.metrics import Metric, score
 from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import call, prediction, split_batch
 from interfuse.training.losses import Loss
+from interfuse.training.parameters import groups
 
 
 def forward(model: nn.Module, batch: Any, *, from_readings: bool) -> tuple[Tensor, Any]:
@@ -37,22 +38,49 @@ def forward(model: nn.Module, batch: Any, *, from_readings: bool) -> tuple[Tenso
     return prediction(call(model, inputs)), targets
 
 
+class Rates(NamedTuple):
+    """How fast weights change, and what holds them back; as `fit` has them."""
+
+    learning_rate: float
+    weight_decay: float = 0.0
+    layer_decay: float | None = None
+    l2_sp: float = 0.0
+
+
 class Loop(lightning.LightningModule):
     """`model` trained with AdamW and a cosine schedule, validated by loss and metric."""
 
-    def __init__(self, model: nn.Module, loss: Loss, metric: Metric | None, learning_rate: float, weight_decay: float) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, metric: Metric | None, rates: Rates) -> None:
         super().__init__()
-        self.model, self.loss, self.metric = model, loss, metric
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.model, self.loss, self.metric, self.rates = model, loss, metric, rates
         self.from_readings = False
+        self.starts: list[tuple[nn.Parameter, Tensor]] = []
         self.seen: list[tuple[Tensor, Any]] = []
+
+    def setup(self, stage: str) -> None:
+        """Remember the start, where the loss needs it."""
+        if self.rates.l2_sp:
+            self.starts = [(p, p.detach().clone()) for p in self.model.parameters() if p.requires_grad]
 
     def training_step(self, batch: Any, index: int) -> Tensor:
         """The loss of one batch."""
         outputs, targets = forward(self.model, batch, from_readings=self.from_readings)
         loss = self.loss(outputs, targets)
         self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(outputs), sync_dist=True)
-        return loss
+        return loss + self.rates.l2_sp / 2 * self._distance() if self.rates.l2_sp else loss
+
+    def _distance(self) -> Tensor:
+        """The squared distance of what is trained from where it was when training began."""
+        return torch.stack([(p - start.to(p)).float().square().sum() for p, start in self.starts]).sum()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the start: a resumed run is held to the same."""
+        checkpoint["starts"] = [start for _, start in self.starts]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The counterpart of `on_save_checkpoint`."""
+        trained = [p for p, _ in self.starts]
+        self.starts = list(zip(trained, checkpoint.get("starts", []), strict=False))
 
     def validation_step(self, batch: Any, index: int) -> None:
         """Keep what the model gives for one batch."""
@@ -68,8 +96,9 @@ class Loop(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW on what is trained; the learning rate falls to zero along a cosine."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, self.learning_rate, weight_decay=self.weight_decay)
+        rates = self.rates
+        trained = groups(self.model, rates.learning_rate, rates.layer_decay)
+        optimizer = torch.optim.AdamW(trained, rates.learning_rate, weight_decay=rates.weight_decay)
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
