@@ -305,17 +305,57 @@ def test_files_are_told_from_their_names_alone() -> None:
     ]
 
 
-def test_links_out_of_a_models_folder_bring_no_folder_along(tmp_path: Path) -> None:
+def test_links_out_of_a_models_folder_bring_nothing_along(tmp_path: Path) -> None:
     secret = put(tmp_path / "secret", {"key.json": {"a": 1}})
     for name in ("one", "two"):
         put(tmp_path / name, {"model.safetensors": state(1), "sub/inner.json": {}})
-    (tmp_path / "one" / "linked").symlink_to(secret)
-    (tmp_path / "one" / "same").symlink_to(tmp_path / "one" / "sub")
-    (tmp_path / "one" / "file.json").symlink_to(secret / "key.json")  # as the hub's cache has its files
+    one = tmp_path / "one"
+    (one / "linked").symlink_to(secret)
+    (one / "same").symlink_to(one / "sub")
+    (one / "file.json").symlink_to(secret / "key.json")
+    (one / "sub" / "deep.json").symlink_to(secret / "key.json")
+    (one / "again.json").symlink_to(Path("sub") / "inner.json")
+    (one / "endless.json").symlink_to("endless.json")
+    out = merge("linear", [one, tmp_path / "two"], out=tmp_path / "out")
+    assert tree(out) == [
+        "README.md", "again.json", "interfuse.json", "model.safetensors", "same/inner.json", "sub/inner.json"
+    ]  # fmt: skip
+    record = json.loads((out / "interfuse.json").read_text())
+    assert record["left_out"] == ["endless.json", "file.json", "linked", "same/deep.json", "sub/deep.json"]
+    assert f"file.json is a link out of {one}, and was left out" in record["notes"]
+
+
+def test_links_to_weights_and_configs_are_followed_wherever_they_lead(tmp_path: Path) -> None:
+    put(tmp_path / "kept", {"a.bin": b"", "model.safetensors": state(1), "config.json": {"model_type": "x"}})
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for file in ("model.safetensors", "config.json"):
+            (tmp_path / name / file).symlink_to(tmp_path / "kept" / file)
     out = merge("linear", [tmp_path / "one", tmp_path / "two"], out=tmp_path / "out")
-    assert not (out / "linked").exists()
-    assert {"same/inner.json", "sub/inner.json", "file.json"} <= {*tree(out)}
-    assert json.loads((out / "interfuse.json").read_text())["left_out"] == ["linked"]
+    assert tree(out) == ["README.md", "config.json", "interfuse.json", "model.safetensors"]
+    assert not (out / "config.json").is_symlink()
+    assert load_file(out / "model.safetensors")["a"].tolist() == state(1)["a"].tolist()
+
+
+def test_all_of_a_hub_caches_links_are_followed(tmp_path: Path) -> None:
+    files: dict[str, Any] = {
+        "model.safetensors": state(1),
+        "config.json": {},
+        "tokenizer.json": {},
+        "1_Pooling/config.json": {},
+    }
+    models = []
+    for name in ("models--org--one", "models--org--two"):
+        put(tmp_path / name / "blobs", {file.replace("/", "-"): content for file, content in files.items()})
+        snapshot = tmp_path / name / "snapshots" / "0f"
+        for file in files:
+            (snapshot / file).parent.mkdir(parents=True, exist_ok=True)
+            (snapshot / file).symlink_to(tmp_path / name / "blobs" / file.replace("/", "-"))
+        models.append(snapshot)
+    (models[0] / "stolen.json").symlink_to(tmp_path / "models--org--two" / "blobs" / "config.json")
+    out = merge("linear", models, out=tmp_path / "out")
+    assert tree(out) == sorted([*files, "README.md", "interfuse.json"])
+    assert json.loads((out / "interfuse.json").read_text())["left_out"] == ["stolen.json"]
 
 
 def test_a_sub_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 import interfuse
 from interfuse.checkpoints.config import changed, output_config
-from interfuse.checkpoints.folders import TORCH, inner_of, is_weights, split
+from interfuse.checkpoints.folders import MODULES, PIPELINE, TORCH, inner_of, is_weights, split
 from interfuse.checkpoints.hashes import file_hashes, tensor_lines
 from interfuse.checkpoints.layers import find_layers
 from interfuse.checkpoints.numbers import FLOATS
@@ -42,6 +42,8 @@ from interfuse.registry import find
 #: What speaks of the copied model alone: its card, and how it was itself made.
 _ITS_OWN = ("README.md", "interfuse.json")
 _LARGEST_SIDE_FILE = 64 * 2**20
+#: What of a model is parsed whoever it is linked to.
+_READ = ("config.json", PIPELINE, MODULES)
 
 
 def merge_into(
@@ -89,6 +91,8 @@ def merge_into(
         loading.finish()
         journal.close()
     left_out = copy_side_files(lead.folder, folder, list(stems)) if lead.folder else []
+    linked = [name for name in left_out if lead.folder and links_out(lead.folder / name, lead.folder)]
+    notes += [f"{name} is a link out of {lead.name}, and was left out" for name in linked]
     _put(folder, beside)
     made = provenance(plan, sources, merging, recipes)
     written = {name: (spec, merging.written[name]) for name, spec in there.specs.items()}
@@ -155,14 +159,20 @@ def read_hash(source: Checkpoint, number: int, merging: Merging) -> dict[str, An
 
 
 def copy_side_files(source: Path, folder: Path, merged: Sequence[str]) -> list[str]:
-    """Copy config, tokenizer, code, sub-folders and the like; what was left behind, the merged weights aside."""
+    """Copy config, tokenizer, code, sub-folders and the like; what was left behind, the merged weights aside.
+
+    A link is followed within the model's folder and to the blobs of its hub cache; one that leads elsewhere is left behind,
+    for whoever made the model could link any file of this machine. What is parsed before it is copied, the model's own
+    `config.json`, `model_index.json` and `modules.json`, may lie anywhere, and so may weights, which aren't copied.
+    """
     left_out: list[str] = []
     for item in sorted(source.iterdir()):
         if item.name.startswith((".", "__pycache__")) or item.name in _ITS_OWN or (folder / item.name).is_file():
             continue
         if item.name == TASKS and (item / TABLE).is_file():  # masks of another trunk
             continue
-        if item.name.startswith("checkpoint-") or _elsewhere(item):  # what a trainer kept on the way, and what isn't here
+        trained = item.name.startswith("checkpoint-")  # what a trainer kept on the way
+        if trained or (links_out(item, source) and not (item.is_file() and item.name in _READ) and not is_weights(item.name)):
             left_out.append(item.name)
         elif item.is_dir():
             left_out += [f"{item.name}/{name}" for name in _copy_folder(item, folder / item.name, merged)]
@@ -175,9 +185,11 @@ def copy_side_files(source: Path, folder: Path, merged: Sequence[str]) -> list[s
     return left_out
 
 
-def _elsewhere(item: Path) -> bool:
-    """Whether this is a link to a folder outside its own: whoever made the model could link any folder of this machine's."""
-    return item.is_symlink() and item.is_dir() and item.parent.resolve() not in item.resolve().parents
+def links_out(item: Path, home: Path) -> bool:
+    """Whether a link leads out of the model's folder, and not to where a hub's cache keeps that model's files."""
+    real, home = Path(os.path.realpath(item)), home.resolve()
+    blobs = [place.parent.parent / "blobs" for place in (home, *home.parents) if place.parent.name == "snapshots"]
+    return not any(place in real.parents for place in (home, *blobs))
 
 
 def _refuse(error: OSError) -> None:
@@ -194,7 +206,8 @@ def _copy_folder(source: Path, folder: Path, merged: Sequence[str]) -> list[str]
         hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
         if hidden or (ours and len(name.parts) == 1 and is_weights(item.name)):
             continue
-        if not item.is_file() or item.stat().st_size > _LARGEST_SIDE_FILE or item.name.endswith(OTHER_FORMS):
+        foreign = links_out(item, source.parent) and not (ours and str(name) in _READ)
+        if foreign or not item.is_file() or item.stat().st_size > _LARGEST_SIDE_FILE or item.name.endswith(OTHER_FORMS):
             left_out.append(str(name))
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
