@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from interfuse.engine.adapters.extract import extract_lora as extract_lora
     from interfuse.engine.merge import merge as merge
     from interfuse.engine.task_model import task_model as task_model
+    from interfuse.ensemble.calibrate import calibrate as calibrate
     from interfuse.ensemble.network import Ensemble as Ensemble
     from interfuse.errors import CheckpointError as CheckpointError
     from interfuse.errors import DataError as DataError
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from interfuse.saving import save as save
     from interfuse.training.fit import fit as fit
     from interfuse.training.statistics import reset_statistics as reset_statistics
+    from interfuse.transfer.stitch import stitch as stitch
     from interfuse.transfer.transplant import transplant as transplant
 
 __version__ = "0.1.0"
@@ -53,6 +55,7 @@ _HOME = {
     "OptionError": "errors",
     "RecipeError": "errors",
     "UserError": "errors",
+    "calibrate": "ensemble.calibrate",
     "compare": "evaluation.compare",
     "extract_lora": "engine.adapters.extract",
     "fit": "training.fit",
@@ -68,6 +71,7 @@ _HOME = {
     "reset_statistics": "training.statistics",
     "run": "pipeline",
     "save": "saving",
+    "stitch": "transfer.stitch",
     "task_model": "engine.task_model",
     "transplant": "transfer.transplant",
     "verify": "pipeline",

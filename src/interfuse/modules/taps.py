@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -171,24 +171,19 @@ def features(
     known by a one-dimensional convolution, normalisation or pooling. Of a tuple the first tensor counts, of a mapping or an
     object the first of `FEATURE_KEYS`. (length, batch, width) is turned round when only its second axis is the batch.
     """
-    tensor = _tensor(value, name)
-    if not tensor.is_floating_point() or tensor.ndim < 2:
-        raise _no_features(name, f"{tensor.dtype} of shape {tuple(tensor.shape)}")
-    size = batch_size(inputs)
-    last = _last(tap_module)
-    if tensor.ndim == 3 and tensor.shape[1] == size and (tensor.shape[0] != size or _batch_is_second(last)):
+    tensor = tensor_of(value, name)
+    axes = axes_of(tensor, inputs, tap_module, name)
+    if axes.batch_second:
         tensor = tensor.transpose(0, 1)
-    if tensor.shape[0] != size:
-        raise _no_features(name, f"shape {tuple(tensor.shape)} for a batch of {size}")
     if tensor.ndim == 2:
         return tensor, None
     mask = None
-    if tensor.ndim >= 4 and (isinstance(last, nn.Linear) or type(last) is nn.LayerNorm):
-        tensor = tensor.flatten(1, -2)
-    elif tensor.ndim >= 4 or isinstance(last, _CHANNELS_FIRST):
+    if axes.channels_first:
         tensor = tensor.flatten(2).transpose(1, 2)  # (batch, places, channels)
+    elif tensor.ndim >= 4:
+        tensor = tensor.flatten(1, -2)
     else:
-        mask = _token_mask(inputs, tensor)
+        mask = token_mask(inputs, tensor)
     if not pool:
         return tensor, mask
     if mask is None:
@@ -197,12 +192,35 @@ def features(
     return (tensor * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1), None
 
 
+class Axes(NamedTuple):
+    """Which axis of features is which: (length, batch, width) with `batch_second`, (batch, channels, ...) with
+    `channels_first`, else (batch, ..., width)."""
+
+    batch_second: bool
+    channels_first: bool
+
+
+def axes_of(tensor: Tensor, inputs: Any, tap_module: nn.Module, name: str = "model") -> Axes:
+    """The axes of what `tap_module` gave for a batch of inputs; a `ModelError` where it holds no features of that batch."""
+    if not tensor.is_floating_point() or tensor.ndim < 2:
+        raise _no_features(name, f"{tensor.dtype} of shape {tuple(tensor.shape)}")
+    size = batch_size(inputs)
+    last = _last(tap_module)
+    turned = tensor.ndim == 3 and tensor.shape[1] == size and (tensor.shape[0] != size or _batch_is_second(last))
+    if tensor.shape[1 if turned else 0] != size:
+        raise _no_features(name, f"shape {tuple(tensor.shape)} for a batch of {size}")
+    if tensor.ndim >= 4:
+        return Axes(turned, not (isinstance(last, nn.Linear) or type(last) is nn.LayerNorm))
+    return Axes(turned, tensor.ndim == 3 and isinstance(last, _CHANNELS_FIRST))
+
+
 def _no_features(name: str, found: str) -> ModelError:
     allowed = "floats (batch, width), (batch, tokens, width) or (batch, channels, h, w): name another module in `taps`"
     return ModelError(Problem(f"taps[{name!r}]", f"no features in {found}", allowed))
 
 
-def _tensor(value: Any, name: str) -> Tensor:
+def tensor_of(value: Any, name: str = "model") -> Tensor:
+    """The features in what a module gives: a tensor, the first of a tuple, or of a mapping the best of `FEATURE_KEYS`."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
@@ -217,7 +235,7 @@ def _tensor(value: Any, name: str) -> Tensor:
         if isinstance(found := getattr(value, key, None), Tensor):
             return found
     if isinstance(value, tuple | list) and value:
-        return _tensor(value[0], name)
+        return tensor_of(value[0], name)
     raise _no_features(name, type(value).__name__)
 
 
@@ -244,7 +262,8 @@ def _batch_is_second(module: nn.Module) -> bool:
     return isinstance(module, nn.RNNBase | nn.MultiheadAttention) and not module.batch_first
 
 
-def _token_mask(inputs: Any, tokens: Tensor) -> Tensor | None:
+def token_mask(inputs: Any, tokens: Tensor) -> Tensor | None:
+    """Which of `tokens` (batch, tokens, width) the inputs' attention mask keeps; None where there is no such mask."""
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     if isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]:
         return mask.to(tokens.device).bool()
