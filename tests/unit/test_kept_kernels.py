@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from interfuse.engine import native
 
 LOOPS = Path(__file__).parents[2] / "src" / "interfuse" / "engine" / "loops"
 
@@ -36,3 +40,52 @@ def test_no_loop_makes_an_array(path: Path) -> None:
     inside = [line.strip() for line in text.splitlines() if line.startswith("    ")]
     made = [line for line in inside for name in ("abs", "empty", "zeros", "ones", "copy") if f"np.{name}(" in line]
     assert made == []
+
+
+def folders(home: Path, count: int) -> list[Path]:
+    """Folders of code, the first used longest ago."""
+    made = [home / f"{i:016x}" for i in range(count)]
+    for i, folder in enumerate(made):
+        folder.mkdir(parents=True)
+        (folder / "loop-0").write_bytes(b"code")
+        os.utime(folder, (i + 1, i + 1))
+    return made
+
+
+def test_code_that_was_used_last_is_kept_and_older_code_removed(tmp_path: Path) -> None:
+    made = folders(tmp_path / "kernels", native._MOST + 3)
+    other = tmp_path / "kernels" / "notes"
+    other.mkdir()
+    native._used.cache_clear()
+    native._used(made[0])  # the oldest comes into use
+    assert {*(tmp_path / "kernels").iterdir()} == {made[0], other, *made[4:]}
+    assert len(made[4:]) == native._MOST - 1
+
+
+def test_code_that_another_process_removes_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = native.Code("f", b"code", ())
+    mine = tmp_path / f"{1:016x}"
+    monkeypatch.setattr(native, "_folders", lambda: [mine])
+    native._keep("loop", code)
+    assert native._kept("loop") == code
+    shutil.rmtree(mine)
+    assert native._kept("loop") is None
+    native._keep("loop", code)
+    assert native._kept("loop") == code
+
+
+def test_processes_may_all_remove_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another has just removed is no error; here it goes between the list and the look at each."""
+    made = folders(tmp_path, native._MOST + 3)
+    removed: list[Path] = []
+    remove = shutil.rmtree
+
+    def twice(path: Path, **options: bool) -> None:
+        removed.append(path)
+        remove(path)
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", twice)
+    native._used.cache_clear()
+    native._used(made[-1])
+    assert sorted(removed) == made[:3]

@@ -243,6 +243,8 @@ def test_files_folders_in_use_and_inputs_are_never_replaced(tmp_path: Path, monk
         (tmp_path, "the current folder, or one that holds it"),
         (source, f"the output would replace the input {source}"),
         (tmp_path / "link", f"the output would replace the input {source}"),
+        (source / "out", f"the output would lie in the input {source}"),
+        (tmp_path / "link" / "deep" / "out", f"the output would lie in the input {source}"),
     ]:
         with pytest.raises(CheckpointError, match=re.escape(message)):
             with whole_folder(path, overwrite=True, inputs=[source]):

@@ -107,8 +107,8 @@ def whole_folder(
     such a rest is removed. Two runs at once of one `path` are a `CheckpointError`.
 
     A non-empty `path` needs `overwrite`; then it is replaced, and removed once the new one is in place. Refused in any
-    case: a `path` that is a file, the current folder, or one of `inputs`, or holds one of them; and `nbytes` that the disk
-    has no room for. A link is followed. All these are a `CheckpointError`, raised at entry.
+    case: a `path` that is a file, the current folder, or one of `inputs`, holds one of them, or lies in one; and `nbytes` that
+    the disk has no room for. A link is followed. All these are a `CheckpointError`, raised at entry.
     """
     check_output(path, overwrite=overwrite, inputs=inputs, nbytes=nbytes)
     target = Path(path).resolve()
@@ -182,6 +182,8 @@ def check_output(path: str | Path, *, overwrite: bool = False, inputs: Iterable[
     for item in dict.fromkeys(Path(item).resolve() for item in inputs):
         if target == item or target in item.parents:
             found.append((f"the output would replace the input {item}", elsewhere))
+        elif item in target.parents and item.is_dir():
+            found.append((f"the output would lie in the input {item}", elsewhere))
     if target.exists() and not target.is_dir():
         found.append(("is a file, and the output is a folder", elsewhere))
     elif not found and target.is_dir() and any(target.iterdir()) and not overwrite:

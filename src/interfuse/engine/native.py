@@ -3,7 +3,8 @@
 To import Numba and set it up takes half a second, as long as the merge of gigabytes; to load what it made takes
 milliseconds. So the object code of each kernel is kept in the user's cache folder, under a name that changes with
 everything it depends on: the source of the loops, Numba and LLVM, the processor, the types of the arguments. What can't be
-kept is compiled again by the next process. A call holds no lock, so threads run kernels side by side.
+kept is compiled again by the next process. Code of a few sources and versions is kept, those that were used last. A call holds
+no lock, so threads run kernels side by side.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -35,6 +37,9 @@ _C: dict[type, Any] = {
 }  # fmt: skip
 #: What a loop would call to make an array; it would have no memory to make it in.
 _ALLOCATES = ("NRT_Allocate", "NRT_MemInfo_alloc", "NRT_MemInfo_new")
+#: How many sources, versions and processors code is kept of: what goes beyond is that of old installations.
+_MOST = 8
+_FOLDER = re.compile(r"[0-9a-f]{16}")
 _lock = threading.Lock()
 _said: list[bool] = []  # that loops are compiled
 
@@ -150,6 +155,7 @@ def _kept(name: str) -> Code | None:
             head, _, code = (folder / name).read_bytes().partition(b"\n")
             found = json.loads(head)
             if hashlib.sha256(code).hexdigest() == found["sha256"]:
+                _used(folder)
                 return Code(found["symbol"], code, tuple(found["unused"]))
     return None
 
@@ -163,7 +169,22 @@ def _keep(name: str, code: Code) -> None:
             part = folder / f"{name}.{secrets.token_hex(8)}"
             part.write_bytes(json.dumps(head).encode() + b"\n" + code.code)
             os.replace(part, folder / name)
+            _used(folder)
             return
+
+
+@cache
+def _used(folder: Path) -> None:
+    """Note, once a process, that a folder of code is in use, and remove those beside it that were used longest ago.
+
+    Any process may do so at any time: code that is loaded needs no file, and what is missing is compiled again.
+    """
+    with contextlib.suppress(OSError):
+        os.utime(folder)
+        others = [item for item in folder.parent.iterdir() if _FOLDER.fullmatch(item.name) and item != folder]
+        when = {item: item.stat().st_mtime_ns for item in others}
+        for item in sorted(others, key=lambda item: -when[item])[_MOST - 1 :]:
+            shutil.rmtree(item, ignore_errors=True)
 
 
 @cache
