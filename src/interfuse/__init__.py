@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from interfuse.training.fit import fit as fit
     from interfuse.training.statistics import reset_statistics as reset_statistics
     from interfuse.transfer.stitch import stitch as stitch
+    from interfuse.transfer.build import build as build
     from interfuse.transfer.transplant import transplant as transplant
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ _HOME = {
     "RecipeError": "errors",
     "UserError": "errors",
     "calibrate": "ensemble.calibrate",
+    "build": "transfer.build",
     "compare": "evaluation.compare",
     "extract_lora": "engine.adapters.extract",
     "fit": "training.fit",

@@ -75,6 +75,7 @@ PUBLIC = [
     "RecipeError",
     "UserError",
     "calibrate",
+    "build",
     "compare",
     "extract_lora",
     "fit",
