@@ -39,8 +39,11 @@ if TYPE_CHECKING:
     from interfuse.saving import save as save
     from interfuse.training.fit import fit as fit
     from interfuse.training.statistics import reset_statistics as reset_statistics
-    from interfuse.transfer.stitch import stitch as stitch
     from interfuse.transfer.build import build as build
+    from interfuse.transfer.stages import Stage as Stage
+    from interfuse.transfer.stages import Stages as Stages
+    from interfuse.transfer.stages import unfreezing as unfreezing
+    from interfuse.transfer.stitch import stitch as stitch
     from interfuse.transfer.transplant import transplant as transplant
 
 __version__ = "0.1.0"
@@ -55,6 +58,8 @@ _HOME = {
     "ModelFusion": "modules.fused",
     "OptionError": "errors",
     "RecipeError": "errors",
+    "Stage": "transfer.stages",
+    "Stages": "transfer.stages",
     "UserError": "errors",
     "calibrate": "ensemble.calibrate",
     "build": "transfer.build",
@@ -75,6 +80,7 @@ _HOME = {
     "save": "saving",
     "stitch": "transfer.stitch",
     "task_model": "engine.task_model",
+    "unfreezing": "transfer.stages",
     "transplant": "transfer.transplant",
     "verify": "pipeline",
     "write_report": "report.html",

@@ -1,0 +1,266 @@
+"""Stages: a network built up step by step; each step copies from trained networks, grows, and trains a part for a while.
+
+    target, stage by stage:  copy (transplant)  ->  grow  ->  train what the stage names (fit)  ->  next stage
+
+Gradual unfreezing (ULMFiT, Howard & Ruder 2018, 1801.06146) and progressive growth (Gong et al. 2019, "Efficient training
+of BERT by progressively stacking") are lists of stages. How tensors are copied is `transplant`'s part, how networks grow
+`grow`'s, and how they learn `fit`'s; this holds the order, and goes on after a kill at the stage that was running.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from interfuse.checkpoints.layers import find_layers
+from interfuse.errors import ModelError, OptionError, Problem, nearest
+from interfuse.training.fit import FitRecord, fit
+from interfuse.transfer.report import Report
+from interfuse.transfer.transplant import transplant
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of `Stages`.
+
+    name: for the record; left out, "stage 1", "stage 2", ...
+    copy: what is copied first, by the name of the model that it comes from: a list of globs of tensors, or options of
+        `transplant` (rules, depth, adapt, ...; {} is all that fits by name).
+    grow: a function from the network to a larger one, such as `lambda net: itf.grow(net, deeper=["blocks.3"])`.
+    train: globs of the parameters that are trained, or "head"; None is all of them, an empty list trains nothing.
+    data: (train, validation) in place of the data of all stages.
+    options: of `fit`: epochs, learning_rate, layer_decay, patience, lora, ...
+    """
+
+    name: str = ""
+    copy: Mapping[str, Sequence[str] | Mapping[str, Any]] = field(default_factory=dict)
+    grow: Callable[[nn.Module], nn.Module] | None = None
+    train: Sequence[str] | str | None = None
+    data: tuple[Any, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def copies(self) -> dict[str, dict[str, Any]]:
+        """`copy` as options of `transplant`."""
+        alone = lambda globs: {"rules": {**{glob: glob for glob in globs}, "*": None}}
+        return {name: dict(how) if isinstance(how, Mapping) else alone(how) for name, how in self.copy.items()}
+
+    def written(self) -> dict[str, Any]:
+        """What of a stage can be written down, to know it again."""
+        options = {name: repr(value) for name, value in self.options.items()}
+        return {
+            "name": self.name,
+            "copy": repr(dict(self.copy)),
+            "train": self.train,
+            "grows": self.grow is not None,
+            **options,
+        }
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What one stage did: the reports of its copies by model, and how its training went (None: it trained nothing)."""
+
+    name: str
+    copies: Mapping[str, Report]
+    training: FitRecord | None
+
+
+@dataclass(frozen=True)
+class StagesRecord:
+    """The network at the end, and what each stage did; of stages that an earlier run finished only their names."""
+
+    model: nn.Module
+    stages: tuple[StageRecord, ...]
+    resumed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{name}: done before" for name in self.resumed]
+        for stage in self.stages:
+            copied = "; ".join(f"from {name}: {report.summary()}" for name, report in stage.copies.items())
+            best = stage.training.best if stage.training is not None else {}
+            values = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in best.items())
+            lines.append(": ".join((stage.name, "; ".join(part for part in (copied, values) if part) or "done")))
+        return "\n".join(lines)
+
+
+class Stages:
+    """Builds up a network in stages.
+
+    A class, since the list is checked when it is made, before any network is there. Raises `OptionError` for options that
+    `fit` doesn't know and names that stand twice.
+    """
+
+    def __init__(self, stages: Iterable[Stage]) -> None:
+        self.stages = tuple(replace(s, name=s.name or f"stage {i}") for i, s in enumerate(stages, 1))
+        problems = []
+        for i, stage in enumerate(self.stages):
+            problems += _unknown(stage.options, fit, _FIXED, f"stages[{i}].options")
+            for name, how in stage.copies().items():
+                problems += _unknown(how, transplant, _ENDS, f"stages[{i}].copy[{name!r}]")
+        names = [stage.name for stage in self.stages]
+        problems += [Problem("stages", f"the name {name!r} stands twice", "different names") for name in _twice(names)]
+        if not self.stages:
+            problems.append(Problem("stages", "none are given", "one or more"))
+        if problems:
+            raise OptionError(*problems)
+
+    def run(
+        self,
+        target: nn.Module,
+        models: Mapping[str, nn.Module] | None = None,
+        train: Any = None,
+        validation: Any = None,
+        *,
+        folder: str | Path | None = None,
+        resume: bool = False,
+        seed: int = 0,
+        progress: bool = True,
+        **trainer: Any,
+    ) -> StagesRecord:
+        """Build up `target` in place (where nothing grows it: then the record's `model` is another) from `models`.
+
+        train, validation: the data of stages that have none of their own, as for `fit`. folder: where finished stages are
+        kept, so that with `resume` a run that was killed goes on in the stage, at the epoch, where it was; with the same
+        data and seed it ends with the same weights. **trainer: Lightning's options and callbacks, for every stage.
+
+        Raises `ModelError` for names of models that aren't there, `OptionError` for a folder that holds other stages.
+        """
+        self._check(models or {}, train)
+        kept = None if folder is None else _Kept(Path(folder), self._hash(seed), resume)
+        done = 0 if kept is None else kept.done
+        for stage in self.stages[:done]:
+            target = target if stage.grow is None else stage.grow(target)
+        if kept is not None and done:
+            kept.load(target)
+        records = []
+        for number, stage in enumerate(self.stages[done:], done):
+            copies = {
+                name: transplant((models or {})[name], target, **{"show": progress, **how})
+                for name, how in stage.copies().items()
+            }
+            target = target if stage.grow is None else stage.grow(target)
+            training = None
+            if stage.train is None or stage.train:
+                how = {"seed": seed, "progress": progress, **trainer, **stage.options}
+                how |= {"train_only": stage.train} | ({} if kept is None else kept.checkpoints(number))
+                training = fit(target, *(stage.data or (train, validation)), **how)
+            records.append(StageRecord(stage.name, copies, training))
+            if kept is not None:
+                kept.keep(target, number + 1)
+        return StagesRecord(target, tuple(records), tuple(stage.name for stage in self.stages[:done]))
+
+    def _check(self, models: Mapping[str, nn.Module], train: Any) -> None:
+        problems = [
+            Problem(f"stages[{i}].copy[{name!r}]", "no model has this name", nearest(name, models))
+            for i, stage in enumerate(self.stages)
+            for name in stage.copy
+            if name not in models
+        ]
+        problems += [
+            Problem(f"stages[{i}].data", "there is nothing to train on", "data of its own, or train= for all stages")
+            for i, stage in enumerate(self.stages)
+            if train is None and stage.data is None and (stage.train is None or stage.train)
+        ]
+        if problems:
+            raise ModelError(*problems)
+
+    def _hash(self, seed: int) -> str:
+        text = json.dumps([seed, *(stage.written() for stage in self.stages)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+#: What `run` itself gives to `fit`, and to `transplant`.
+_FIXED = ("model", "train", "validation", "train_only", "checkpoints", "resume", "trainer")
+_ENDS = ("source", "target", "out", "overwrite")
+
+
+def _unknown(given: Mapping[str, Any], function: Callable[..., Any], fixed: Sequence[str], path: str) -> list[Problem]:
+    """Options that a function doesn't have."""
+    known = [name for name in inspect.signature(function).parameters if name not in fixed]
+    return [Problem(f"{path}.{name}", "unknown option", nearest(name, known)) for name in given if name not in known]
+
+
+def _twice(names: Sequence[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+class _Kept:
+    """Finished stages on disk: stages.json, the weights after the last of them, and the running one's checkpoints."""
+
+    def __init__(self, folder: Path, stages: str, resume: bool) -> None:
+        self.folder, self.stages, self.resume, self.done = folder, stages, resume, 0
+        written = folder / "stages.json"
+        if written.exists():
+            found = json.loads(written.read_text(encoding="utf-8"))
+            if not resume:
+                raise OptionError(Problem("folder", f"{folder} holds stages already", "resume=True, or another folder"))
+            if found["stages"] != stages:
+                raise OptionError(
+                    Problem("folder", f"{folder} holds other stages", "the same stages and seed, or another folder")
+                )
+            self.done = found["done"]
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write()
+
+    def _write(self) -> None:
+        with _in_place(self.folder / "stages.json") as part:
+            part.write_text(json.dumps({"stages": self.stages, "done": self.done}), encoding="utf-8")
+
+    def load(self, model: nn.Module) -> None:
+        """Give the model the weights of the last finished stage."""
+        model.load_state_dict(torch.load(self.folder / f"stage-{self.done}.pt", weights_only=True))
+
+    def keep(self, model: nn.Module, done: int) -> None:
+        """A stage is finished: keep its weights, then say so, then drop what it left."""
+        with _in_place(self.folder / f"stage-{done}.pt") as part:
+            torch.save(model.state_dict(), part)
+        before, self.done = self.done, done
+        self._write()
+        (self.folder / f"stage-{before}.pt").unlink(missing_ok=True)
+        shutil.rmtree(self.folder / f"running-{done - 1}", ignore_errors=True)
+
+    def checkpoints(self, number: int) -> dict[str, Any]:
+        """Where a stage's training leaves its checkpoints, and the one to go on from."""
+        folder = self.folder / f"running-{number}"
+        last = folder / "last.ckpt"
+        return {"checkpoints": folder, "resume": last if self.resume and last.exists() else None}
+
+
+@contextmanager
+def _in_place(path: Path) -> Iterator[Path]:
+    """A file to write to, which then takes the place of `path`, whole."""
+    part = path.with_name(f".{path.name}.part")
+    yield part
+    with part.open("rb+") as handle:
+        os.fsync(handle.fileno())
+    part.replace(path)
+
+
+def unfreezing(model: nn.Module, *, first: str | Sequence[str] = "head", **options: Any) -> list[Stage]:
+    """Stages of gradual unfreezing: `first` alone, then with the top layer, then the next, down to all of the network.
+
+    Layers are found from the parameters' names; **options are `fit`'s, for each stage. Raises `ModelError` where the names
+    show no layers.
+    """
+    layers = find_layers([name for name, _ in model.named_parameters()])
+    if not layers.stacks:
+        raise ModelError(Problem("model", "its parameters' names show no layers", "stages written out"))
+    stack = max(layers.stacks, key=lambda stack: stack.count)
+    opened = [first] if isinstance(first, str) else list(first)
+    opened_all = [Stage("head", train=tuple(opened), options=options)]
+    for layer in reversed(range(stack.count)):
+        opened.append(f"{stack.name(layer, '')}.*")
+        opened_all.append(Stage(f"{stack} {layer} and above", train=tuple(opened), options=options))
+    return [*opened_all, Stage("all", options=options)]
