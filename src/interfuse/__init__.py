@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from interfuse.training.fit import fit as fit
     from interfuse.training.statistics import reset_statistics as reset_statistics
     from interfuse.transfer.build import build as build
+    from interfuse.transfer.sharing import share_trunk as share_trunk
     from interfuse.transfer.stages import Stage as Stage
     from interfuse.transfer.stages import Stages as Stages
     from interfuse.transfer.stages import unfreezing as unfreezing
@@ -78,6 +79,7 @@ _HOME = {
     "reset_statistics": "training.statistics",
     "run": "pipeline",
     "save": "saving",
+    "share_trunk": "transfer.sharing",
     "stitch": "transfer.stitch",
     "task_model": "engine.task_model",
     "unfreezing": "transfer.stages",

@@ -93,6 +93,7 @@ PUBLIC = [
     "reset_statistics",
     "run",
     "save",
+    "share_trunk",
     "stitch",
     "task_model",
     "unfreezing",
