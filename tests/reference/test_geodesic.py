@@ -111,6 +111,17 @@ def test_multislerp_is_the_published_procedure(seed: int, count: int, normalize:
     np.testing.assert_allclose(applied(got, base, models), base + spherical_mean(models - base, w, 1e-8), rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("size", [1, 50])
+def test_multislerp_of_opposite_directions_is_straight_whatever_their_norms(size: int) -> None:
+    """What rounding leaves of a mean direction that vanishes is no direction."""
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        one = random.standard_normal(size).astype(np.float32)
+        models = np.stack([one, -one * np.float32(random.random())]).astype(np.float64)
+        got = multislerp((1.0, 1.0), gram(models))
+        np.testing.assert_allclose(applied(got, np.zeros(size), models), models.mean(0), rtol=1e-6, atol=1e-9)
+
+
 def riemannian_mean(x: np.ndarray, w: np.ndarray, steps: int, tol: float) -> np.ndarray:
     norms = np.array([np.linalg.norm(one) for one in x])
     units = [one / norm for one, norm in zip(x, norms, strict=True) if norm]

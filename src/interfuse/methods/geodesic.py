@@ -24,6 +24,9 @@ _MERGEKIT = "https://github.com/arcee-ai/mergekit"
 _NEARLY_PARALLEL = 0.9995
 #: Below this squared sine NuSLERP is straight: arcs and chords then agree to float32's last bit.
 _COLLINEAR = 1e-8
+#: A mean of directions shorter than this share of its parts is what rounding leaves of opposite ones: 1e-8 of a Gram matrix in
+#: float64, more of vectors in float32.
+_OPPOSITE = 1e-6
 
 #: Methods that may take a Gram matrix for each part of a tensor: options -> the axis that it sums over, None for all. Its
 #: leading axes are the tensor's shape without that axis. A tensor of one axis has one matrix in any case.
@@ -102,16 +105,17 @@ def multislerp(
 
     sum w_i u_i / |sum w_i u_i| * sum w_i |x_i|, with u_i = x_i / (|x_i| + eps). The published form then moves along the
     mean of the tangents at that point; by the choice of the point that mean is 0, so the step is left out. Where the mean
-    direction is shorter than `eps`, as for opposite models or deltas that are all 0, the sum is straight: sum w_i x_i
-    (mergekit refuses more than two models there).
+    direction is shorter than `eps`, or than 1e-6 of sum |w_i|, as for opposite models or deltas that are all 0, the sum is
+    straight: sum w_i x_i (mergekit refuses more than two models there).
     """
     w = np.array(normalized(weights) if normalize_weights else weights, np.float64)
     norms, cosines = _directions(gram)
     mean = w * norms / (norms + eps)  # as coefficients of x_i / |x_i|
     length = _length(mean, cosines)[..., None]
     size = (w * norms).sum(-1, keepdims=True)
-    bent = size * mean / np.where(length < eps, 1.0, length * np.where(norms > 0, norms, 1.0))
-    return _of_deltas(np.where(length < eps, w, bent))
+    straight = length < np.maximum(eps, _OPPOSITE * abs(mean).sum(-1, keepdims=True))
+    bent = size * mean / np.where(straight, 1.0, length * np.where(norms > 0, norms, 1.0))
+    return _of_deltas(np.where(straight, w, bent))
 
 
 @register("karcher", "weights", form="coefficients", of="models", paper="https://doi.org/10.1002/cpa.3160300502")
