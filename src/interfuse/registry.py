@@ -32,8 +32,9 @@ ENTRY_POINTS = "interfuse.methods"
 _HOMES: dict[Level, str] = {
     "weights": "interfuse.methods",
     "adapters": "interfuse.engine.adapters.methods",
+    "layers": "interfuse.transfer.methods",
     "features": "interfuse.modules",
-    "outputs": "interfuse.modules",
+    "outputs": "interfuse.ensemble",
 }
 
 #: Marks, in an option's annotation `Annotated[tuple[float, ...], EACH, Field(...)]`, that it has one value a model. The

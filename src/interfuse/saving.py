@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from interfuse.checkpoints.source import Checkpoint, open_checkpoint
 from interfuse.checkpoints.tensors import spec_of, to_array, to_tensor
 from interfuse.checkpoints.writer import TensorWriter, whole_folder
+from interfuse.ensemble.network import Ensemble, Kind, make_room
 from interfuse.errors import CheckpointError, ModelError, OptionError, Problem, UserError, nearest
 from interfuse.models import CODE, fill, load_model, place, put, without_bar
-from interfuse.modules.ensemble import Ensemble
 from interfuse.modules.fused import ModelFusion
 from interfuse.modules.taps import Tap
 from interfuse.registry import problems_of
@@ -60,7 +60,8 @@ class _Network(BaseModel):
 
 class _Ensemble(_Network):
     members: list[_Member]
-    combine: Literal["probabilities", "logits"]
+    combine: Kind
+    classes: list[list[str]] | None = None
 
 
 class _Fusion(_Network):
@@ -156,7 +157,8 @@ def _describe(model: nn.Module) -> dict[str, Any]:
             "parents": list(model.parents),
         }
     if isinstance(model, Ensemble):
-        return common | {"kind": "ensemble", "members": _members(model), "combine": model.combine}
+        about = {"kind": "ensemble", "members": _members(model), "combine": model.combine, "classes": model.spaces}
+        return common | about
     return common | {"kind": "network"}
 
 
@@ -222,7 +224,7 @@ def load(
     members = _given(about["members"], models, trust_code)
     model: ModelFusion | Ensemble
     if about["kind"] == "ensemble":
-        model = Ensemble(members, combine=about["combine"], copy=False)
+        model = Ensemble(members, combine=about["combine"], classes=about.get("classes"), copy=False)
     else:
         model = _fusion(about, members, head)
     model.references = tuple(member["reference"] for member in about["members"])
@@ -320,6 +322,7 @@ def _fusion(about: dict[str, Any], members: dict[str, nn.Module], head: nn.Modul
 
 def _fill(model: nn.Module, checkpoint: Checkpoint, shared: Mapping[str, str], members: Sequence[dict[str, Any]] = ()) -> None:
     """Put the stored tensors into the model, after finding every one that is missing or doesn't fit."""
+    make_room(model, {name: spec.shape for name, spec in checkpoint.specs.items()})
     outside = tuple(f"backbones.{k}." for k, member in enumerate(members) if not member["stored"])
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(outside)}
     stored = {

@@ -81,7 +81,7 @@ def test_one_member_is_that_member() -> None:
 def test_an_unknown_way_of_combining_is_refused() -> None:
     with pytest.raises(OptionError, match=r"combine: got 'logit'; did you mean 'logits'\?"):
         Ensemble([Gives(3)], combine="logit")  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="combine: got 'votes'; allowed: probabilities, logits"):
+    with pytest.raises(OptionError, match="combine: got 'votes'; did you mean 'vote'"):
         registry.find("ensemble", "outputs").make([Gives(3)], combine="votes")
     with pytest.raises(OptionError, match="got 'votes'"):
         registry.find("ensemble", "outputs").check({"combine": "votes"})

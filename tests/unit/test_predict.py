@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from interfuse.data import Data
 from interfuse.errors import DataError
 from interfuse.inference.predict import predict
-from interfuse.modules.ensemble import Ensemble
+from interfuse.ensemble.network import Ensemble
 from interfuse.modules.fused import ModelFusion
 
 

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from interfuse.engine.merge import merge
+from interfuse.ensemble.combine import COMBINE, LEARNS
+from interfuse.ensemble.network import Ensemble
 from interfuse.errors import CheckpointError, ModelError, OptionError
-from interfuse.modules.ensemble import Ensemble
 from interfuse.modules.fused import ModelFusion
 from interfuse.registry import methods
 from interfuse.saving import load, save
@@ -123,14 +124,29 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     assert same_bits(load(tmp_path / "both", [network(1), network(2)]), both)
 
 
-@pytest.mark.parametrize("combine", ["probabilities", "logits"])
-def test_an_ensemble_comes_back(combine: Any, tmp_path: Path) -> None:
-    model = Ensemble({"a": network(1), "b": network(2, 6)}, combine=combine).eval()
+@pytest.mark.parametrize("combine", COMBINE)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_an_ensemble_comes_back(combine: Any, calibrated: bool, tmp_path: Path) -> None:
+    model = Ensemble({"a": network(1), "b": network(2, 6)}, combine=combine, classes=[list("uvw"), list("wuv")]).eval()
+    if calibrated:
+        model.calibrate((X, torch.arange(6) % 3), progress=False)
     save(model, tmp_path / "out")
     back = load(tmp_path / "out", fresh())
     assert isinstance(back, Ensemble)
     assert same_bits(back, model)
-    assert torch.equal(back(X), model(X))
+    assert (back.combine, back.classes) == (combine, ("u", "v", "w"))
+    if calibrated or not LEARNS[combine]:
+        assert torch.equal(back(X), model(X))
+
+
+def test_what_ensembles_within_ensembles_learned_comes_back(tmp_path: Path) -> None:
+    inner = Ensemble([network(1), network(2)], combine="stacking")
+    inner.calibrate((X, torch.arange(6) % 3), progress=False)
+    model = Ensemble([inner, network(3)], copy=False)
+    model.calibrate((X, torch.arange(6) % 3), progress=False)
+    save(model, tmp_path / "out")
+    fresh = Ensemble([network(4), network(5)], combine="stacking")
+    assert same_bits(load(tmp_path / "out", [fresh, network(6)]), model)
 
 
 def test_heads_that_are_modules(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from interfuse.errors import ModelError
-from interfuse.modules.ensemble import Ensemble
+from interfuse.ensemble.network import Ensemble
 from interfuse.modules.fused import ModelFusion
 from interfuse.modules.taps import Tap, features, find_tap, module_at, quiet, read
 

@@ -1,6 +1,6 @@
 """Networks made of networks: taps that read features, one small module a way of fusing them, and what puts them together.
 
-Importing this package registers the built-in methods of the levels features and outputs, in the order of this list.
+Importing this package registers the built-in methods of the level features, in the order of this list.
 """
 
 from interfuse.modules import attention as attention  # isort: skip
@@ -9,4 +9,3 @@ from interfuse.modules import shared as shared  # isort: skip
 from interfuse.modules import concat as concat  # isort: skip
 from interfuse.modules import average as average  # isort: skip
 from interfuse.modules import transformer as transformer  # isort: skip
-from interfuse.modules import ensemble as ensemble  # isort: skip
