@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +124,12 @@ def test_cost_falls_with_depth_by_just_what_is_shared() -> None:
     assert found[0].parameters == sum(c.parameters for c in alone)
     assert found[0].flops == sum(c.flops for c in alone)
     block, before = 6 * 6 + 6 + 12, 4 * 6 + 6 + 6
-    assert [a.parameters - b.parameters for a, b in zip(found, found[1:], strict=False)] == [
+    assert [a.parameters - b.parameters for a, b in pairwise(found)] == [
         2 * (block + before),
         2 * block,
         2 * block,
     ]
-    assert [a.flops - b.flops for a, b in zip(found, found[1:], strict=False)] == [4 * (36 + 24), 4 * 36, 4 * 36]
+    assert [a.flops - b.flops for a, b in pairwise(found)] == [4 * (36 + 24), 4 * 36, 4 * 36]
 
 
 def test_every_tensor_is_held_and_stored_once(tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_a_gradient_through_the_shared_trunk_is_the_sum_of_the_tasks() -> None:
     assert isinstance(weight, Tensor)
     (whole,) = torch.autograd.grad(sum(o.square().mean() for o in shared(x).values()), weight)
     parts = [torch.autograd.grad(shared(x, name).square().mean(), weight)[0] for name in shared.names]
-    assert torch.allclose(whole, sum(parts), atol=1e-6)
+    assert torch.allclose(whole, torch.stack(parts).sum(0), atol=1e-6)
 
 
 def test_bert_with_masks_and_heads_of_its_own() -> None:

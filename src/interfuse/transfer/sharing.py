@@ -208,9 +208,7 @@ def _check(experts: Any, base: Any) -> None:
         for path, value in given.items()
         if not isinstance(value, nn.Module)
     ]
-    problems += [
-        Problem("experts", f"got {name!r} as a task's name", "a text") for name in experts if not isinstance(name, str)
-    ]
+    problems += [Problem("experts", f"got {name!r} for a task", "a text") for name in experts if not isinstance(name, str)]
     if problems:
         raise OptionError(*problems)
 
@@ -218,7 +216,7 @@ def _check(experts: Any, base: Any) -> None:
 def _place(experts: Mapping[str, nn.Module], depth: int | str, blocks: str | None) -> tuple[Blocks, int]:
     """The blocks, and how many of them are shared."""
     if isinstance(depth, str):
-        holder, _, name = depth.rpartition(".")
+        holder = depth.rpartition(".")[0]
         found = find_blocks(experts, holder if blocks is None else blocks)
         paths = [found.at(number) for number in range(len(found.names))]
         if depth not in paths:
