@@ -105,15 +105,15 @@ def multislerp(
 
     sum w_i u_i / |sum w_i u_i| * sum w_i |x_i|, with u_i = x_i / (|x_i| + eps). The published form then moves along the
     mean of the tangents at that point; by the choice of the point that mean is 0, so the step is left out. Where the mean
-    direction is shorter than `eps`, or than 1e-6 of sum |w_i|, as for opposite models or deltas that are all 0, the sum is
-    straight: sum w_i x_i (mergekit refuses more than two models there).
+    direction is shorter than `eps`, or the directions' own mean than 1e-6 of sum |w_i|, as for opposite models or deltas that
+    are all 0, the sum is straight: sum w_i x_i (mergekit refuses more than two models there).
     """
     w = np.array(normalized(weights) if normalize_weights else weights, np.float64)
     norms, cosines = _directions(gram)
     mean = w * norms / (norms + eps)  # as coefficients of x_i / |x_i|
     length = _length(mean, cosines)[..., None]
     size = (w * norms).sum(-1, keepdims=True)
-    straight = length < np.maximum(eps, _OPPOSITE * abs(mean).sum(-1, keepdims=True))
+    straight = (length < eps) | (_length(np.broadcast_to(w, norms.shape), cosines)[..., None] < _OPPOSITE * abs(w).sum())
     bent = size * mean / np.where(straight, 1.0, length * np.where(norms > 0, norms, 1.0))
     return _of_deltas(np.where(straight, w, bent))
 
