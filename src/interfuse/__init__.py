@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from interfuse.errors import RecipeError as RecipeError
     from interfuse.errors import UserError as UserError
     from interfuse.evaluation.compare import compare as compare
+    from interfuse.evaluation.similarity import similarity as similarity
     from interfuse.evaluation.soup import greedy_soup as greedy_soup
     from interfuse.inference.predict import predict as predict
     from interfuse.mixture import moe as moe
@@ -40,11 +41,13 @@ if TYPE_CHECKING:
     from interfuse.training.fit import fit as fit
     from interfuse.training.statistics import reset_statistics as reset_statistics
     from interfuse.transfer.build import build as build
+    from interfuse.transfer.curve import trunk_curve as trunk_curve
     from interfuse.transfer.sharing import share_trunk as share_trunk
     from interfuse.transfer.stages import Stage as Stage
     from interfuse.transfer.stages import Stages as Stages
     from interfuse.transfer.stages import unfreezing as unfreezing
     from interfuse.transfer.stitch import stitch as stitch
+    from interfuse.transfer.grow import grow as grow
     from interfuse.transfer.transplant import transplant as transplant
 
 __version__ = "0.1.0"
@@ -68,6 +71,7 @@ _HOME = {
     "extract_lora": "engine.adapters.extract",
     "fit": "training.fit",
     "greedy_soup": "evaluation.soup",
+    "grow": "transfer.grow",
     "load": "saving",
     "load_data": "data",
     "load_model": "models",
@@ -80,8 +84,10 @@ _HOME = {
     "run": "pipeline",
     "save": "saving",
     "share_trunk": "transfer.sharing",
+    "similarity": "evaluation.similarity",
     "stitch": "transfer.stitch",
     "task_model": "engine.task_model",
+    "trunk_curve": "transfer.curve",
     "unfreezing": "transfer.stages",
     "transplant": "transfer.transplant",
     "verify": "pipeline",
