@@ -21,6 +21,8 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor, shift: tuple[Tensor, Tensor] | None = None) -> None:
         """Take up rows. shift: about where the means are, which spares digits; by default those of the first rows."""
+        if not len(x):
+            return
         x, y = x.detach().double(), y.detach().double()
         if self._shift is None:
             self._shift = shift or (x.mean(dim=0), y.mean(dim=0))

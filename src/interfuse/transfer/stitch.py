@@ -55,7 +55,8 @@ def stitch(
     data: unlabelled samples, a few hundred or more: a tensor, or what `predict` reads (targets are left out of account).
     test: other data, with targets, on which a, b and the stitched network are measured by `metric`.
     ridge: from 0 up, times the mean variance of a's features, holds back weights that the samples don't determine.
-    samples: stop with the batch that makes so many examples; None takes all. copy: whether the networks are copied, or become part of the result.
+    samples: stop with the batch that makes so many examples; None takes all.
+    copy: whether the networks are copied, or become part of the result.
 
     Gives a network of which only the map is trainable, with a `record`. The networks given are left as they are, but with
     copy=False frozen. Raises `ModelError` for places that aren't there or can't be joined, `OptionError` and `DataError`.
@@ -76,7 +77,8 @@ def stitch(
             held_out.add(x[held], y[held], fitting.shift)
         examples += size_of(inputs)
     before = passed_over(networks[1], at[1], example[1])
-    result = Stitched(*networks, at, *reader.layouts, places=reader.places, before=before, copy=copy)
+    source, target = reader.layouts
+    result = Stitched(networks[0], networks[1], at, source, target, places=reader.places, before=before, copy=copy)
     result.references = tuple(given if isinstance(given, str) else None for given in (a, b))
     error, honest = _solve(result, fitting, held_out, ridge)
     quality = {}
