@@ -229,11 +229,26 @@ def test_an_index_without_a_weight_map_is_an_error(text: str, tmp_path: Path) ->
         open_checkpoint(tmp_path)
 
 
+def test_what_an_index_has_wrong_for_many_tensors_is_said_in_few_lines(tmp_path: Path) -> None:
+    save_file({f"t{i}": torch.ones(1) for i in range(3)}, tmp_path / "x.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {f"layers.{i}": "../x.safetensors" for i in range(100)}}))
+    with pytest.raises(CheckpointError, match=r"'layers.0' lies in '../x.*and 97 more such tensors; a shard is") as caught:
+        open_checkpoint(tmp_path)
+    assert len(caught.value.problems) == 1
+    index.write_text(json.dumps({"weight_map": {f"layers.{i}": "x.safetensors" for i in range(100)}}))
+    with pytest.raises(CheckpointError, match=r"100 tensors are not in 'x.safetensors': 'layers.0', .* and 95 more") as caught:
+        open_checkpoint(tmp_path)
+    assert len(caught.value.problems) == 4
+
+
 def test_an_index_and_its_shards_must_agree(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1), "extra": torch.ones(1)}, tmp_path / "x.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"'b' isn't in 'x.safetensors'(.|\n)*'extra' is in a shard but not in the index"):
+    with pytest.raises(
+        CheckpointError, match=r"'b' is not in 'x.safetensors'(.|\n)*'extra' is in a shard but not in the index"
+    ):
         open_checkpoint(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "y.safetensors"}}))
     with pytest.raises(CheckpointError, match=r"'y\.safetensors' isn't there"):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from interfuse.recipe.values import Scopes, matcher, ramp, scalars, setting_problems
+from interfuse import merge
+from interfuse.recipe import load_recipe
+from interfuse.recipe.values import Scopes, matcher, plain, ramp, scalars, setting_problems
 
 NAME = "model.layers.3.self_attn.q_proj.weight"
 
@@ -23,6 +26,20 @@ def test_a_ramp_is_linear_between_its_knots() -> None:
     assert [ramp((1, 0, 4), t) for t in (0, 0.25, 0.5, 0.75, 1)] == [1, 0.5, 0, 2, 4]
     assert ramp((0.7,), 0.3) == 0.7
     assert ramp((0.1, 0.1), 1 / 3) == 0.1  # equal knots give themselves, to the last bit
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    """In a recipe that is a mapping, and as an option of `merge`."""
+    got = plain({"a": np.float32(0.5), "b": [np.int64(3), {"c": np.bool_(True)}], "d": np.array([1.0, 2.0]), "e": "x"})
+    assert got == {"a": 0.5, "b": [3, {"c": True}], "d": [1.0, 2.0], "e": "x"}
+    assert [type(value) for value in (got["a"], got["b"][0], got["b"][1]["c"])] == [float, int, bool]
+    entry = {"model": "a/b", "parameters": {"weight": np.float32(0.5)}}
+    recipe = load_recipe({"merge_method": "linear", "models": [entry], "seed": np.int64(3)})
+    assert (recipe.models[0].parameters["weight"], recipe.seed) == (0.5, 3)
+    models = [{"t": np.array([2.0], np.float32)}, {"t": np.array([4.0], np.float32)}]
+    options = {"density": np.float32(1), "lambda": np.float64(0.5)}
+    merged = merge("ties", models, base={"t": np.zeros(1, np.float32)}, weights=np.array([1, 1]), seed=np.int64(1), **options)
+    assert merged["t"] == [1.5]
 
 
 def test_a_ramp_of_words_takes_steps() -> None:

@@ -21,6 +21,7 @@ INDEX = ".index.json"
 #: Lists of a model's sub-folders.
 PIPELINE, MODULES = "model_index.json", "modules.json"
 
+_SHOWN = 3  # tensors of an index that a message lists of many
 _NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 #: What says where the weights are, the first that is there.
 _USUAL = tuple(f"{stem}{end}" for stem in ("model", "diffusion_pytorch_model") for end in (SAFE, SAFE + INDEX))
@@ -69,19 +70,20 @@ def weight_map(path: str, text: str) -> dict[str, str]:
         good = False
     if not good:
         raise CheckpointError(Problem(path, "isn't an index with a weight_map", "get the file again"))
-    problems = [
-        Problem(path, f"tensor {key!r} lies in {shard!r}", "a shard is a plain file name beside the index")
-        for key, shard in where.items()
-        if PurePosixPath(shard).name != shard or PureWindowsPath(shard).name != shard or shard == ".."
-    ]
-    problems += [
-        Problem(path, f"tensor {key!r} lies in {shard!r}", "a shard is a .safetensors or .bin file")
-        for key, shard in where.items()
-        if not shard.endswith((SAFE, *TORCH)) and not problems
-    ]
-    if problems:
-        raise CheckpointError(*problems)
+    for allowed, test in (("a plain file name beside the index", _is_plain), ("a .safetensors or .bin file", _is_shard)):
+        wrong = [f"{key!r} lies in {shard!r}" for key, shard in where.items() if not test(shard)]
+        if wrong:
+            more = f" and {len(wrong) - _SHOWN} more such tensors" if len(wrong) > _SHOWN else ""
+            raise CheckpointError(Problem(path, f"tensor {', '.join(wrong[:_SHOWN])}{more}", f"a shard is {allowed}"))
     return where
+
+
+def _is_plain(shard: str) -> bool:
+    return PurePosixPath(shard).name == shard and PureWindowsPath(shard).name == shard and shard != ".."
+
+
+def _is_shard(shard: str) -> bool:
+    return shard.endswith((SAFE, *TORCH))
 
 
 def indexed(folder: str, inner: str, name: str, names: Sequence[str], text: Callable[[str], str]) -> Weights:

@@ -21,6 +21,7 @@ import xxhash
 from interfuse.checkpoints.folders import INDEX, MODULES, PIPELINE, SAFE, TORCH, Weights, find_weights, indexed, is_weights
 from interfuse.checkpoints.header import STORAGE, Entry, read_header
 from interfuse.checkpoints.header import TensorSpec as TensorSpec
+from interfuse.checkpoints.names import listed
 from interfuse.checkpoints.places import File, LocalFile, Place, Resident, Stored, Strided
 from interfuse.checkpoints.remote.store import Store
 from interfuse.errors import CheckpointError, Problem
@@ -202,12 +203,14 @@ def _where(weights: Weights, files: Mapping[str, Checkpoint]) -> Mapping[str, st
     if weights.where is not None:
         where = weights.where
         short = {file: file.removeprefix(weights.inner) for file in files}
-        missing = [key for key, file in where.items() if key not in files[file].specs]
+        missing: dict[str, list[str]] = {}
+        for key, file in where.items():
+            if key not in files[file].specs:
+                missing.setdefault(file, []).append(key)
         unlisted = [key for file in files.values() for key in file.specs if key not in where]
-        problems = [
-            Problem(weights.told_by, f"tensor {k!r} isn't in {short[where[k]]!r}", "get the files again") for k in missing
-        ]
-        problems += [Problem(weights.told_by, f"tensor {key!r} is in a shard but not in the index") for key in unlisted]
+        lines = [line for file, keys in missing.items() for line in listed(keys, f"not in {short[file]!r}")]
+        problems = [Problem(weights.told_by, line, "get the files again") for line in lines]
+        problems += [Problem(weights.told_by, line) for line in listed(unlisted, "in a shard but not in the index")]
     else:
         pairs = [(key, file) for file, checkpoint in files.items() for key in checkpoint.specs]
         where = dict(pairs)

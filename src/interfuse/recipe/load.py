@@ -7,7 +7,6 @@ mapping: from the current folder). What holds between keys is checked in `recipe
 
 from __future__ import annotations
 
-import copy
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from interfuse.errors import Problem, RecipeError, nearest
 from interfuse.recipe.chain import UNREADABLE, absolute, chain_problems
 from interfuse.recipe.check import form_problems, run_problems
 from interfuse.recipe.schema import SECTIONS, Recipe, Section
+from interfuse.recipe.values import plain
 from interfuse.registry import rule
 
 
@@ -90,7 +90,7 @@ def _checked(
     elif isinstance(source, str | Path):
         raw, folder = parse_recipes(Path(source)), Path(source).resolve().parent
     else:
-        raw, folder = copy.deepcopy([source] if isinstance(source, Mapping) else list(source)), Path.cwd()
+        raw, folder = [plain(dict(one)) for one in ([source] if isinstance(source, Mapping) else source)], Path.cwd()
     recipes: list[Recipe] = []
     problems: list[Problem] = []
     for i, document in enumerate(raw):

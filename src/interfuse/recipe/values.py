@@ -14,11 +14,22 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from interfuse.errors import Problem, nearest
 
 Scalar = bool | int | float | str
 _ENTRY = ("filter", "value")
 _FORMS = "a number, true or false, a text, a list of them over depth, {filter, value}, or a list of those"
+
+
+def plain(value: Any) -> Any:
+    """The value with NumPy's scalars and arrays in it as Python's numbers and lists, which is what a file would have."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class _Rule(NamedTuple):
