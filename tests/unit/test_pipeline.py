@@ -201,6 +201,64 @@ def test_a_merge_of_networks(work: Path) -> None:
     same(load_run("out", trust_code=True), work / "out")
 
 
+def test_a_transplant_copies_into_its_target(work: Path) -> None:
+    recipe = {
+        "fusion": "transplant",
+        "target": "python:pipelinenets:wide",
+        "models": [net("mlp")],
+        "parameters": {"rules": {"1.*": "1.*", "*": None}},
+        "data": {"test": "test.npz"},
+    }
+    record = run(recipe, "out", trust_code=True, progress=False)
+    start, source, made = load_run_of("wide").state_dict(), load_run_of("mlp").state_dict(), weights(work / "out")
+    for name in made:
+        assert np.array_equal(made[name], (source if name.startswith("1.") else start)[name].numpy()), name
+    assert any(note.startswith("from mlp: ") for note in record.notes)
+    same(load_run("out", trust_code=True), work / "out")
+
+
+def test_stages_build_up_their_target(work: Path) -> None:
+    recipe = {
+        "fusion": "stages",
+        "target": "python:pipelinenets:mlp",
+        "models": [net("mlp2", name="a"), net("wide", name="b")],
+        "stages": [
+            {"name": "copy", "copied": {"a": ["1.*"]}, "training": {"train_only": "head", "epochs": 1}},
+            {"copied": {"b": {"rules": {"1.bias": "1.bias", "*": None}}}, "training": {"epochs": 0}},
+            {"name": "all", "training": {"layer_decay": 0.5}},
+        ],
+        "data": {"train": "train.npz", "validation": 0.25, "test": "test.npz"},
+        "training": {"epochs": 2, "learning_rate": 0.01, "batch_size": 16},
+    }
+    record = run(recipe, "out", trust_code=True, progress=False)
+    assert record.training is not None
+    assert [stage["name"] for stage in record.training["stages"]] == ["copy", "stage 2", "all"]
+    assert [stage["training"] is None for stage in record.training["stages"]] == [False, True, False]
+    assert len(record.training["stages"][0]["training"]["history"]) == 2
+    assert len(record.training["stages"][2]["training"]["history"]) == 3
+    same(load_run("out", trust_code=True), work / "out")
+    first = weights(work / "out")
+    run("out/recipe.yaml", "again", trust_code=True, progress=False)
+    assert all(np.array_equal(first[name], value) for name, value in weights(work / "again").items())
+    assert "target: python:pipelinenets:mlp" in run(recipe, "dry", trust_code=True, dry_run=True).text()
+
+
+def test_what_is_wrong_with_layers_is_said_at_once(work: Path) -> None:
+    wrong = {
+        "fusion": "stages",
+        "models": [net("mlp", name="a", freeze=True)],
+        "stages": [{"copied": {"x": ["*"]}}],
+        "head": 3,
+        "data": {"test": "test.npz"},
+    }
+    with pytest.raises(RecipeError) as raised:
+        run(wrong, "out", trust_code=True)
+    assert {p.path for p in raised.value.problems} == {"target", "stages[0].copied.x", "head", "data.train", "models[0].freeze"}
+    with pytest.raises(RecipeError) as raised:
+        run(fusion(target="t"), "out", trust_code=True)
+    assert "target" in {p.path for p in raised.value.problems}
+
+
 def test_outputs_are_models_of_further_recipes(work: Path) -> None:
     single = {"models": [net("mlp")], "data": {"train": "train.npz", "validation": 0.25}, "training": {"epochs": 1}}
     run(single, "one", trust_code=True, progress=False)

@@ -63,7 +63,7 @@ def deeper(net: nn.Module) -> nn.Module:
 
 
 LIST = [
-    Stage("copy", copy={"a": ["layers.0.*", "embed.*"], "b": ["layers.1.*"]}, train="head", options=SHORT),
+    Stage("copy", copied={"a": ["layers.0.*", "embed.*"], "b": ["layers.1.*"]}, train="head", options=SHORT),
     Stage("grow", grow=deeper, train=["layers.2.*", "classifier.*"], options=SHORT),
     Stage("all", options=SHORT | {"layer_decay": 0.5}),
 ]
@@ -94,7 +94,7 @@ def test_each_stage_copies_grows_and_trains_what_it_names() -> None:
 
 def test_a_stage_may_only_copy() -> None:
     a, target = Net(1), Net(3)
-    record = Stages([Stage(copy={"a": {}}, train=[])]).run(target, {"a": a})
+    record = Stages([Stage(copied={"a": {}}, train=[])]).run(target, {"a": a})
     assert record.stages[0].training is None
     assert all(torch.equal(value, a.state_dict()[name]) for name, value in target.state_dict().items())
 
@@ -153,7 +153,7 @@ def test_layers_are_unfrozen_from_the_top() -> None:
 
 def test_problems_come_before_anything_is_done() -> None:
     with pytest.raises(OptionError) as raised:
-        Stages([Stage("x", options={"epoch": 1}), Stage("x", copy={"a": {"rule": {}}}, options={"learningrate": 1})])
+        Stages([Stage("x", options={"epoch": 1}), Stage("x", copied={"a": {"rule": {}}}, options={"learningrate": 1})])
     assert len(raised.value.problems) == 4
     assert "rules" in str(raised.value)
     assert "epochs" in str(raised.value)

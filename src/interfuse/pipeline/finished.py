@@ -65,7 +65,7 @@ def load_run(folder: str | Path, *, trust_code: bool = False) -> nn.Module:
         return load(folder, trust_code=trust_code)
     recipe = load_recipe(Path(folder) / RECIPE)
     if about.get("kind") == "network":
-        first = recipe.models[0] if recipe.base_model is None else ModelEntry(model=recipe.base_model)
+        first = next((ModelEntry(model=ref) for ref in recipe.beside.values()), None) or recipe.models[0]
         plain = first.model_copy(update={"weights": None})
         return load(folder, load_network(plain, trust_code=trust_code), trust_code=trust_code)
     if about.get("kind") in ("fusion", "ensemble"):
@@ -84,6 +84,6 @@ def code_of(folder: str | Path) -> list[str]:
     if not is_saved(str(folder)) or not (Path(folder) / RECIPE).is_file():
         return []
     recipe = load_recipe(Path(folder) / RECIPE)
-    refs = [entry.model for entry in recipe.models] + ([] if recipe.base_model is None else [recipe.base_model])
+    refs = [*(entry.model for entry in recipe.models), *recipe.beside.values()]
     found = [[ref] if ref.startswith("python:") else code_of(ref) for ref in refs]
     return list(dict.fromkeys(ref for part in found for ref in part))

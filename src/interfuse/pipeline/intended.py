@@ -10,8 +10,9 @@ from interfuse.checkpoints.writer import check_output, room
 from interfuse.engine.chain import Planned, plan_recipes
 from interfuse.engine.estimate import estimate, room_for
 from interfuse.engine.opening import open_references, wanted
+from interfuse.engine.output.finished import finished
 from interfuse.errors import Problem, UserError
-from interfuse.pipeline.record import RunRecord
+from interfuse.pipeline.record import DESCRIPTION, RunRecord, hash_data, restored
 from interfuse.plan import plan_merge, uncollected
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import method_of, names_of, options_of
@@ -37,6 +38,26 @@ def planned(chain: Sequence[Recipe], out: str | Path, *, compat: bool, overwrite
 
         raise together(errors)
     return stages
+
+
+def finished_before(chain: Sequence[Recipe], out: str | Path, *, compat: bool, nonfinite: bool) -> RunRecord | None:
+    """The record of a merge of files whose output is in place, whole, as these recipes give it; else None."""
+    if not (Path(out) / DESCRIPTION).is_file():
+        return None
+    try:
+        stages = plan_recipes(chain, compat=compat, scratch=Path(out).resolve().parent)
+    except UserError:  # `planned` says it
+        return None
+    _, plan, sources = stages[-1]
+    there = finished(Path(out), plan, sources, written(chain), compat=compat, allow_nonfinite=nonfinite) or {}
+    run = there.get("run")
+    same = run is not None and run["inputs"]["data"] == hash_data(chain[-1])
+    return restored(intended(chain[-1], stages), Path(out), run) if same else None
+
+
+def written(chain: Sequence[Recipe]) -> list[dict[str, Any]]:
+    """The recipes as the record has them."""
+    return [read.model_dump(mode="json", exclude_defaults=True) for read in chain]
 
 
 def models_problems(recipe: Recipe) -> list[Problem]:
@@ -112,7 +133,7 @@ def _described(recipe: Recipe) -> str:
     for name, entry in zip(names_of(recipe), recipe.models, strict=True):
         more = entry.model_dump(exclude_defaults=True, exclude={"model", "name"})
         lines.append(f"model {name}: {entry.model}" + "".join(f", {key} {value}" for key, value in more.items()))
-    for key in ("base_model", "head", "data", "training", "evaluate"):
+    for key in ("base_model", "target", "head", "data", "training", "evaluate"):
         value = getattr(recipe, key)
         if value is not None:
             shown = value if isinstance(value, str) else value.model_dump(exclude_none=True)

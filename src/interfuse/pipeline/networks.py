@@ -16,16 +16,17 @@ from torch import nn
 from interfuse.checkpoints.source import open_checkpoint
 from interfuse.data import Data, load_data
 from interfuse.engine.merge import merge
+from interfuse.ensemble.network import Ensemble
 from interfuse.errors import DataError, ModelError, OptionError, Problem, UserError
 from interfuse.evaluation.metrics import interval, resampled
 from interfuse.inference.batches import first
 from interfuse.inference.features import default_folder
 from interfuse.inference.predict import predict
 from interfuse.models import CODE, load_model, load_tokenizer
-from interfuse.ensemble.network import Ensemble
 from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import split_batch
 from interfuse.pipeline.finished import is_saved, load_network
+from interfuse.pipeline.layers import put_layers
 from interfuse.pipeline.trial import try_networks
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import experts_of, names_of, options_of, weights_of
@@ -44,6 +45,7 @@ class Result:
     test: dict[str, Any] | None = None
     hashes: dict[str, str] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def run_networks(recipe: Recipe, folder: Path, *, trust_code: bool, device: str | None, progress: bool) -> Result:
@@ -53,8 +55,12 @@ def run_networks(recipe: Recipe, folder: Path, *, trust_code: bool, device: str 
     hashes = {name: open_checkpoint(network).hash() for name, network in networks.items()}
     sets = load_sets(recipe, trust_code=trust_code)
     if sets:
-        try_networks({name: network for name, network in networks.items() if name != BASE}, next(iter(sets.values())))
+        read = [TARGET] if recipe.form == "layers" else [name for name in networks if name != BASE]
+        try_networks({name: networks[name] for name in read}, next(iter(sets.values())))
     result = Result(assemble(recipe, networks, sets.get("train")), hashes=hashes, classes=_classes(sets))
+    if recipe.form == "layers":
+        on = lightning_on(place)
+        result.training, result.notes = put_layers(recipe, result.model, networks, sets, on, progress=progress)
     if "train" in sets and recipe.form in ("fusion", "single"):
         result.training = train(recipe, result.model, sets, place, progress=progress)
     if "test" in sets:
@@ -123,8 +129,9 @@ def load_networks(recipe: Recipe, *, trust_code: bool) -> dict[str, nn.Module]:
     if recipe.form == "merge":
         experts = experts_of(recipe)
         named = {name: entry for name, entry in named.items() if entry in experts}
-        if recipe.base_model is not None:
-            named[BASE], paths[BASE] = ModelEntry(model=recipe.base_model), "base_model"
+    for key, ref in recipe.beside.items():
+        name = f" {key.removesuffix('_model')}"
+        named[name], paths[name] = ModelEntry(model=ref), key
     networks, problems = {}, []
     for name, entry in named.items():
         try:
@@ -136,7 +143,7 @@ def load_networks(recipe: Recipe, *, trust_code: bool) -> dict[str, nn.Module]:
     return networks
 
 
-BASE = " base"  # no model's name: names have no spaces
+BASE, TARGET = " base", " target"  # no models' names: names have no spaces
 
 
 def load_sets(recipe: Recipe, *, trust_code: bool, merged: Path | None = None) -> dict[str, Data]:
@@ -184,7 +191,7 @@ def load_tokenizers(recipe: Recipe, result: Path | None = None) -> Any:
 
     A merge may have another tokenizer than its models: that in the folder of its `result`, if there is one.
     """
-    single = recipe.form in ("single", "merge")
+    single = recipe.form in ("single", "merge", "layers")
     text = recipe.data.input if recipe.data is not None and isinstance(recipe.data.input, dict) else None
     made = load_tokenizer(str(result)) if result is not None and recipe.form == "merge" else None
     if made is not None:
@@ -201,6 +208,8 @@ def load_tokenizers(recipe: Recipe, result: Path | None = None) -> Any:
 def assemble(recipe: Recipe, networks: Mapping[str, nn.Module], data: Data | None) -> nn.Module:
     """The model that the recipe describes, not yet trained."""
     options = options_of(recipe)
+    if recipe.form == "layers":
+        return networks[TARGET]
     if recipe.form == "single":
         return next(iter(networks.values()))
     if recipe.form == "merge":
@@ -241,13 +250,17 @@ def _head(recipe: Recipe, data: Data | None) -> int:
 
 def train(recipe: Recipe, model: nn.Module, sets: Mapping[str, Data], device: str, *, progress: bool) -> dict[str, Any]:
     """`fit` as the recipe says; the record as a dict."""
-    options = recipe.training.model_dump(exclude_none=True) if recipe.training is not None else {}
-    index = torch.device(device).index
-    options |= {"accelerator": "gpu" if device.startswith("cuda") else "cpu", "devices": 1 if index is None else [index]}
+    options = (recipe.training.model_dump(exclude_none=True) if recipe.training is not None else {}) | lightning_on(device)
     if recipe.form == "single" and recipe.models[0].freeze:
         options["train_only"] = _last_linear(model, sets["train"])
     options.setdefault("seed", recipe.seed)
     return asdict(fit(model, sets["train"], sets.get("validation"), progress=progress, **options))
+
+
+def lightning_on(device: str) -> dict[str, Any]:
+    """A device as Lightning's options."""
+    index = torch.device(device).index
+    return {"accelerator": "gpu" if device.startswith("cuda") else "cpu", "devices": 1 if index is None else [index]}
 
 
 def _last_linear(model: nn.Module, data: Data) -> list[str]:
@@ -279,7 +292,7 @@ def default_metric(data: Data) -> str:
 
 def _reference(recipe: Recipe) -> ModelEntry:
     """The model whose code, config and tokenizer a single network has."""
-    return recipe.models[0] if recipe.base_model is None else ModelEntry(model=recipe.base_model)
+    return next((ModelEntry(model=ref) for ref in recipe.beside.values()), None) or recipe.models[0]
 
 
 def _by_reference(recipe: Recipe) -> bool:

@@ -25,18 +25,23 @@ from interfuse.report.plan import text
 
 RECIPE = "recipe.yaml"
 DESCRIPTION = "interfuse.json"
+#: What isn't written down, or the same recipe would give another folder each time.
+_OF_ONE_RUN = ("out", "plan", "here", "before")
+_TIMES = ("seconds", "train_seconds")
 
 
 @dataclass(frozen=True)
 class RunRecord:
     """What was run and what came of it.
 
-    out: the folder, None in a dry run. form: fusion, ensemble, merge or single; method: its name, "" for one model alone.
+    out: the folder, None in a dry run. form: fusion, layers, ensemble, merge or single; method: its name, "" for a model alone.
     plan: what was, or would be, done: of a merge of files as data (docs/recipes.md), else as text; here: what such a merge
     would take of this machine, in a dry run. inputs: models and data sets with SHA-256 hashes, where they have one.
     training: `FitRecord` as a dict. test: metric, value, low and high (95% bootstrap interval), examples.
     soup: how a soup's models were chosen: metric, validation data, value, steps; None for other runs.
     classes: the names of the classes, in the order of the outputs; None for numbers. notes: what was resolved on the way.
+    seconds: all of it; like every other time it isn't written down, for no two runs agree on it. before: whether an earlier
+    run had finished it, so that nothing was left to do.
     """
 
     out: Path | None
@@ -55,6 +60,7 @@ class RunRecord:
     papers: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    before: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON; what isn't a finite number is null."""
@@ -68,12 +74,15 @@ class RunRecord:
             plan = self.plan if isinstance(self.plan, str) else text(self.plan, self.here, width=width)
             choice = f"which of these are averaged is chosen on {self.soup['validation']}\n" if self.soup is not None else ""
             return f"{plan}\n{choice}nothing was written (dry run)"
-        lines = [f"{self.out}: {self.title()}, in {self.seconds:.1f} s"]
+        end = "finished by an earlier run, nothing was left to do" if self.before else f"in {self.seconds:.1f} s"
+        lines = [f"{self.out}: {self.title()}, {end}"]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes), *self.scores()])
 
     def title(self) -> str:
         """`attention fusion of cnn and vit`."""
         names = listed(self.models)
+        if self.form == "layers":
+            return f"{self.method} from {names}"
         what = {"fusion": f"{self.method} fusion of ", "merge": f"{self.method} merge of ", "ensemble": "ensemble of "}
         return what.get(self.form, "") + names
 
@@ -105,6 +114,20 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def restored(record: RunRecord, out: Path, run: dict[str, Any]) -> RunRecord:
+    """The record of a run that was finished before, from what it wrote down and what is known of it."""
+    known = {field.name: run[field.name] for field in dataclasses.fields(record) if field.name in run}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
+    return dataclasses.replace(record, **values, out=out, before=True)
+
+
+def _timeless(value: Any) -> Any:
+    """Without how long things took."""
+    if isinstance(value, dict):
+        return {key: _timeless(part) for key, part in value.items() if key not in _TIMES}
+    return [_timeless(part) for part in value] if isinstance(value, list) else value
+
+
 def write(folder: Path, chain: Sequence[Recipe], record: RunRecord, kind: str) -> None:
     """Add the run to what `save` or `merge` wrote in `folder`; `kind` is said where they wrote no description.
 
@@ -112,7 +135,7 @@ def write(folder: Path, chain: Sequence[Recipe], record: RunRecord, kind: str) -
     """
     path = folder / DESCRIPTION
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"kind": kind, "interfuse": __version__}
-    about["run"] = {key: value for key, value in record.to_dict().items() if key not in ("out", "plan", "here")}
+    about["run"] = {key: value for key, value in _timeless(record.to_dict()).items() if key not in _OF_ONE_RUN}
     path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / RECIPE).write_text(as_yaml(chain), encoding="utf-8")
     _write_card(folder, chain, record, about["kind"])
@@ -137,7 +160,7 @@ def _write_card(folder: Path, chain: Sequence[Recipe], record: RunRecord, kind: 
         return
     entries = zip(names_of(recipe), recipe.models, strict=False)
     made = [Made(name, e.model + (f" with {e.weights}" if e.weights else "")) for name, e in entries]
-    made += [Made("base", recipe.base_model)] if recipe.base_model else []
+    made += [Made(key.removesuffix("_model"), ref) for key, ref in recipe.beside.items()]
     use = Use("peft", _USE_ADAPTER) if kind == "adapter merge" else Use("interfuse", _USE)
     write_card(folder, record.title(), made, as_yaml(chain), use=use, papers=record.papers, quality=record.scores())
 
@@ -148,6 +171,12 @@ def versions() -> dict[str, str]:
     modules = {"pillow": "PIL"}
     found = {name: importlib.metadata.version(name) for name in names if modules.get(name, name) in sys.modules}
     return {"interfuse": __version__, "python": platform.python_version(), **found}
+
+
+def hash_data(recipe: Recipe) -> dict[str, Any]:
+    """The data sets that a recipe names, with their hashes."""
+    sources = recipe.data.model_dump(include={"train", "validation", "test"}) if recipe.data is not None else {}
+    return {key: {"source": ref, "sha256": hash_source(ref)} for key, ref in sources.items() if isinstance(ref, str)}
 
 
 def hash_source(source: str) -> str | None:

@@ -12,15 +12,15 @@ from typing import Any
 
 from interfuse.checkpoints.numbers import FLOATS, float_named
 from interfuse.checkpoints.tasks import on_disk
-from interfuse.checkpoints.writer import whole_folder
+from interfuse.checkpoints.writer import settle, whole_folder
 from interfuse.engine.estimate import room_for
 from interfuse.engine.on_device import device_for
 from interfuse.engine.output.folder import merge_into
 from interfuse.errors import OptionError, Problem, nearest
 from interfuse.pipeline.adapting import merges_adapters, run_adapters
 from interfuse.pipeline.finished import code_of, description, is_saved
-from interfuse.pipeline.intended import intended, machine, models_problems, planned
-from interfuse.pipeline.record import RunRecord, hash_source, versions, write
+from interfuse.pipeline.intended import finished_before, intended, machine, models_problems, planned, written
+from interfuse.pipeline.record import RunRecord, hash_data, versions, write
 from interfuse.recipe import Recipe, check_recipes
 from interfuse.recipe.check import TRUST, chooses, names_of
 from interfuse.recipe.pieces import references
@@ -52,10 +52,11 @@ def run(
     """Run a recipe: merge, fuse, train, evaluate, and write the model and its record to the folder `out`.
 
     recipe: a YAML file, or a mapping; or several, of which later ones merge what earlier ones give. out: appears whole or
-    not at all; one that is there needs `overwrite`. resume: a merge of files goes on where a run that was killed was.
-    trust_code: allow `python:` references. seed: in place of the recipe's. threads: the merge's, or torch's, for this run.
-    device: "cpu" or "cuda"; left out, cuda for networks, if there is one, and the CPU for merges. dry_run: check all, write
-    nothing. allow_nonfinite: NaN and infinity may be merged. mergekit_compat: follow mergekit (docs/mergekit.md).
+    not at all; one that is there needs `overwrite`. resume: a merge of files goes on where a run that was killed was, and one
+    that was finished, of the same recipe and models, is left as it is. trust_code: allow `python:` references. seed: in place
+    of the recipe's. threads: the merge's, or torch's, for this run. device: "cpu" or "cuda"; left out, cuda for networks, if
+    there is one, and the CPU for merges. dry_run: check all, write nothing. allow_nonfinite: NaN and infinity may be merged.
+    mergekit_compat: follow mergekit (docs/mergekit.md).
 
     Raises `UserError` with every problem, before anything is written.
     """
@@ -65,10 +66,14 @@ def run(
     chain = tuple(read.model_copy(update={} if seed is None else {"seed": seed}) for read in chain)
     _check_options(seed, threads, device)
     how: dict[str, Any] = {"trust_code": trust_code, "threads": threads, "device": device, "progress": progress}
-    chain, soup = _with_chosen(chain, Path(out), beside, overwrite=overwrite, dry_run=dry_run, **how)
+    chain, soup = _with_chosen(chain, Path(out), beside, overwrite=overwrite or resume, dry_run=dry_run, **how)
     checked, of_files = chain[-1], merges_files(chain)
     if merges_adapters(chain):
         return run_adapters(checked, out, overwrite=overwrite, dry_run=dry_run, progress=progress)
+    going_on = resume and of_files and not dry_run
+    if going_on and (before := finished_before(chain, out, compat=mergekit_compat, nonfinite=allow_nonfinite)) is not None:
+        settle(out)
+        return dataclasses.replace(before, seconds=time.monotonic() - started)
     output: dict[str, Any] = {"overwrite": overwrite, "inputs": _inputs(chain)}
     stages = planned(chain if of_files else (), out, compat=mergekit_compat, **output)
     _, plan, sources = stages[-1] if stages else (None, None, [])
@@ -78,9 +83,8 @@ def run(
         return dataclasses.replace(record, here=here, versions=versions(), seconds=time.monotonic() - started)
     with whole_folder(out, resume=resume, nbytes=room_for(stages), **output) as folder:
         if plan is not None:
-            written = [read.model_dump(mode="json", exclude_defaults=True) for read in chain]
             merge_into(
-                plan, sources, folder, recipes=written, compat=mergekit_compat,
+                plan, sources, folder, recipes=written(chain), compat=mergekit_compat,
                 threads=threads, allow_nonfinite=allow_nonfinite, resume=resume, progress=progress, device=device_for(device),
             )  # fmt: skip
         found: Any = None
@@ -95,8 +99,8 @@ def run(
             out=Path(out),
             inputs=_hashed(checked, found.hashes if found else {}, description(folder)),
             **_learned(found),
-            notes=tuple(description(folder).get("notes", ())),
-            versions=versions(),
+            notes=(*description(folder).get("notes", ()), *(found.notes if found else ())),
+            versions=versions() if found or device_for(device) else description(folder)["versions"],
             seconds=time.monotonic() - started,
         )
         write(folder, chain, record, kind="weights")
@@ -117,7 +121,7 @@ def _with_chosen(
     from interfuse.pipeline.soup import chosen_soup
 
     with code_beside(beside):
-        return chosen_soup(chain[-1], out, of_files=merges_files(chain), **options)
+        return chosen_soup(chain[-1], out, inputs=_inputs(chain), of_files=merges_files(chain), **options)
 
 
 @contextmanager
@@ -174,7 +178,7 @@ def _further(recipe: Recipe, trust_code: bool) -> list[Problem]:
 def _untrusted(recipe: Recipe) -> list[Problem]:
     """The folders whose networks are built by code."""
     refs = [(f"models[{i}].model", entry.model) for i, entry in enumerate(recipe.models)]
-    refs += [] if recipe.base_model is None else [("base_model", recipe.base_model)]
+    refs += recipe.beside.items()
     found = [(path, ref, code_of(ref)) for path, ref in refs]
     return [
         Problem(path, f"{ref} is built by {', '.join(code)}, which runs code", TRUST) for path, ref, code in found if code
@@ -199,7 +203,7 @@ def _inputs(chain: Sequence[Recipe]) -> list[str]:
     """The files and folders that are read, which the output must not replace."""
     refs: list[Any] = []
     for recipe in chain:
-        refs += [entry.weights for entry in recipe.models]
+        refs += [*(entry.weights for entry in recipe.models), recipe.target]
         refs += [path for reference in references(recipe) for path in (reference.path, reference.lora)]
         if recipe.data is not None:
             refs += [recipe.data.train, recipe.data.validation, recipe.data.test]
@@ -213,11 +217,7 @@ def _hashed(recipe: Recipe, hashes: Mapping[str, str], merged: Mapping[str, Any]
     for name, entry in zip(names_of(recipe), recipe.models, strict=True):
         about = {"name": name, "model": entry.model, "weights": entry.weights}
         models.append(about | {"xxh3": hashes.get(name) or found.get(entry.model)})
-    if recipe.base_model is not None:
-        sha = hashes.get(" base") or found.get(recipe.base_model)
-        models.append({"name": "base", "model": recipe.base_model, "weights": None, "xxh3": sha})
-    sources = recipe.data.model_dump(include={"train", "validation", "test"}) if recipe.data is not None else {}
-    data = {
-        key: {"source": ref, "sha256": hash_source(ref)} for key, ref in sources.items() if isinstance(ref, str)
-    }  # fmt: skip
-    return {"models": models, "data": data}
+    for key, ref in recipe.beside.items():
+        name = key.removesuffix("_model")
+        models.append({"name": name, "model": ref, "weights": None, "xxh3": hashes.get(f" {name}") or found.get(ref)})
+    return {"models": models, "data": hash_data(recipe)}

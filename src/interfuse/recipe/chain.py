@@ -39,7 +39,8 @@ def absolute(recipe: Recipe, folder: Path, known: Sequence[str] = ()) -> tuple[R
         return str(Reference(path, reference.revision, lora, reference.lora_revision))
 
     base = None if recipe.base_model is None else model("base_model", recipe.base_model)
-    changes: dict[str, Any] = {"base_model": base, "models": _entries(recipe.models, "models", model, folder)}
+    target = None if recipe.target is None else model("target", recipe.target)
+    changes: dict[str, Any] = {"base_model": base, "target": target, "models": _entries(recipe.models, "models", model, folder)}
     if recipe.slices is not None:
         changes["slices"] = _slices(recipe.slices, "slices", model)
     if recipe.modules is not None:

@@ -112,7 +112,7 @@ def experts_of(recipe: Recipe) -> list[ModelEntry]:
 
 def form_problems(recipe: Recipe) -> list[Problem]:
     """Every problem that can be seen in the recipe alone."""
-    return [*_shape(recipe), *_method(recipe), *_misplaced(recipe), *_data(recipe)]
+    return [*_shape(recipe), *_method(recipe), *_misplaced(recipe), *_layers(recipe), *_data(recipe)]
 
 
 _SOURCES = ("models", "slices", "modules")
@@ -121,6 +121,8 @@ _SOURCES = ("models", "slices", "modules")
 def _where(recipe: Recipe) -> tuple[str, Level]:
     if recipe.form == "merge":
         return "merge_method", "adapters" if adapters_alone(recipe) else "weights"
+    if recipe.form == "layers":
+        return "fusion", "layers"
     return "fusion", "outputs" if recipe.form == "ensemble" else "features"
 
 
@@ -175,6 +177,9 @@ def _misplaced(recipe: Recipe) -> Iterator[Problem]:
         for key in _IN_MERGES:
             if getattr(recipe, key) is not None:
                 yield Problem(key, "means something only in a merge", f"{_REMOVE}, or give merge_method")
+    for key in ("target", "stages"):
+        if form != "layers" and getattr(recipe, key) is not None:
+            yield Problem(key, "means something only with fusion: transplant or fusion: stages", _REMOVE)
     if form != "fusion" and recipe.head is not None:
         yield Problem("head", "only a fusion of features gets a head", _REMOVE)
     if form in ("merge", "ensemble") and recipe.training is not None:
@@ -185,8 +190,29 @@ def _misplaced(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(f"{path}.parameters", "a model has its own only in a merge", allowed)
         if form != "fusion" and entry.tap is not None:
             yield Problem(f"{path}.tap", "only a fusion of features reads a tap", _REMOVE)
-        if form in ("merge", "ensemble") and entry.freeze is not None:
+        if form in ("merge", "ensemble", "layers") and entry.freeze is not None:
             yield Problem(f"{path}.freeze", "nothing is trained here", _REMOVE)
+
+
+def _layers(recipe: Recipe) -> Iterator[Problem]:
+    """What transplants and stages need."""
+    if recipe.form != "layers":
+        return
+    if recipe.target is None:
+        yield Problem("target", "missing", "the network that is copied into: a folder, a hub id, or python:module:function")
+    names = names_of(recipe)
+    if recipe.fusion == "transplant":
+        if len(names) > 1:
+            yield Problem("models", f"{len(names)} given", "one to copy from, or fusion: stages")
+        for key in ("stages", "training"):
+            if getattr(recipe, key) is not None:
+                yield Problem(key, "a transplant copies, and trains nothing", "remove the key, or give fusion: stages")
+    elif not recipe.stages:
+        yield Problem("stages", "none given", "at least 1")
+    for i, stage in enumerate(recipe.stages or ()):
+        for name in stage.copied or ():
+            if name not in names:
+                yield Problem(f"stages[{i}].copied.{name}", "no model has this name", f"one of {names}")
 
 
 def _data(recipe: Recipe) -> Iterator[Problem]:
@@ -194,13 +220,15 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
     train, validation, test = (data.train, data.validation, data.test) if data else (None, None, None)
     if form == "fusion" and train is None:
         yield Problem("data.train", "missing", "a fusion of features is trained: give the data to train on")
+    if recipe.fusion == "stages" and train is None:
+        yield Problem("data.train", "missing", "stages train: give the data to train on")
     if form == "single" and train is None and test is None:
         yield Problem("data", "neither train nor test is given", "give data.train to train, data.test to evaluate")
     if form == "single" and train is None and recipe.training is not None:
         yield Problem("data.train", "missing while training is set", "give the data to train on")
     if chooses(recipe):
         yield from _choice(recipe, train, validation, test)
-    elif form in ("merge", "ensemble") and (train is not None or validation is not None):
+    elif (form in ("merge", "ensemble") or recipe.fusion == "transplant") and (train is not None or validation is not None):
         yield Problem("data.train" if train is not None else "data.validation", "nothing is trained here", _REMOVE)
     elif validation is not None and train is None:
         yield Problem("data.validation", "stands without data.train", "give the data to train on")
@@ -286,8 +314,7 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str]]:
             if piece.base is not None:
                 yield ("base_model" if piece.base == recipe.base_model else f"{piece.path}.base_model", piece.base)
         yield from ((path, str(Reference.parse(model))) for path, model in tokenizer_models(recipe))
-    if recipe.base_model is not None:
-        yield "base_model", recipe.base_model
+    yield from recipe.beside.items()
 
 
 def _model(ref: str, path: str, form: str, trust_code: bool, *, adapter: bool) -> Iterator[Problem]:

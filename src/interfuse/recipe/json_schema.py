@@ -20,7 +20,7 @@ def recipe_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     rules = []
     shared = {"weight": {"type": "number"}, "int8_mask": {}}  # what mergekit's recipes may hold beside a method's options
-    for key, levels in (("fusion", ("features", "outputs")), ("merge_method", ("weights", "adapters"))):
+    for key, levels in (("fusion", ("layers", "features", "outputs")), ("merge_method", ("weights", "adapters"))):
         known: dict[str, dict[str, Any]] = {}
         for method in [m for m in methods() if m.level in levels]:
             more = options_schema(method) | (shared if key == "merge_method" else {})

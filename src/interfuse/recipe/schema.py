@@ -46,6 +46,8 @@ Count = Annotated[int, Field(ge=1)]
 
 
 Parameters = dict[str, Any]
+#: The fusions of layers: those that have a target.
+LAYERS = ("transplant", "stages")
 
 
 def _or_short(kind: str) -> Any:
@@ -287,6 +289,20 @@ class Training(Section):
         raise PydanticCustomError("lora", "should be a rank from 1, or options of peft's LoraConfig")
 
 
+class Stage(Section):
+    """One step of building up a target."""
+
+    name: str | None = Field(default=None, description="What the stage is called; left out, it is numbered.")
+    copied: dict[str, list[str] | dict[str, Any]] | None = Field(
+        default=None,
+        description="What is copied first, by the model's name: patterns of tensors, or options of transplant.",
+    )
+    training: Training | None = Field(
+        default=None,
+        description="How this stage trains, before what `training` says for all; epochs: 0 is not at all.",
+    )
+
+
 class Evaluate(Section):
     """How `data.test` is scored."""
 
@@ -309,6 +325,12 @@ class Recipe(Section):
     base_model: ModelRef | None = Field(
         default=None, description="The common ancestor, for merges of task vectors.", json_schema_extra=_REFERENCE_OR_NONE
     )
+    target: ModelRef | None = Field(
+        default=None,
+        description="The network that is copied into, for transplant and stages: as in `models`.",
+        json_schema_extra=_REFERENCE_OR_NONE,
+    )
+    stages: list[Stage] | None = Field(default=None, description="With fusion: stages, the steps in order.")
     models: list[ModelEntry] = Field(default_factory=list, description="The pool of models, in order.")
     slices: list[Slice] | None = Field(
         default=None, description="In place of `models`: layers of any models, stacked in this order."
@@ -345,10 +367,18 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0, description="The seed of everything random.")
 
     @property
+    def beside(self) -> dict[str, str]:
+        """The network that stands beside the models, by its key: the base of a merge, the target of a transplant."""
+        found = {"base_model": self.base_model, "target": self.target}
+        return {key: ref for key, ref in found.items() if ref is not None}
+
+    @property
     def form(self) -> str:
-        """`merge`, `ensemble`, `fusion`, or `single` (one model alone)."""
+        """`merge`, `layers`, `ensemble`, `fusion`, or `single` (one model alone)."""
         if self.merge_method is not None:
             return "merge"
+        if self.fusion in LAYERS:
+            return "layers"
         if self.fusion is not None:
             return "ensemble" if self.fusion == "ensemble" else "fusion"
         return "single"
@@ -382,4 +412,5 @@ SECTIONS: dict[str, type[Section]] = {
     "data": DataSection,
     "training": Training,
     "evaluate": Evaluate,
+    "stages": Stage,
 }

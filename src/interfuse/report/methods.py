@@ -17,6 +17,7 @@ from interfuse.registry import Level, Method
 LEVELS: dict[Level, tuple[str, str]] = {
     "weights": ("merge_method", "weights of networks of one architecture, merged into one checkpoint"),
     "adapters": ("merge_method", "LoRA adapters of one base, merged into one adapter without it"),
+    "layers": ("fusion", "whole layers of trained networks, put into a target"),
     "features": ("fusion", "features of any networks, fused by a small trained module"),
     "outputs": ("fusion", "predictions of any networks for the same classes, averaged"),
 }

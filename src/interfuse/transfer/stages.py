@@ -35,7 +35,7 @@ class Stage:
     """One step of `Stages`.
 
     name: for the record; left out, "stage 1", "stage 2", ...
-    copy: what is copied first, by the name of the model that it comes from: a list of globs of tensors, or options of
+    copied: what is copied first, by the name of the model that it comes from: a list of globs of tensors, or options of
         `transplant` (rules, depth, adapt, ...; {} is all that fits by name).
     grow: a function from the network to a larger one, such as `lambda net: itf.grow(net, deeper=["blocks.3"])`.
     train: globs of the parameters that are trained, or "head"; None is all of them, an empty list trains nothing.
@@ -44,23 +44,23 @@ class Stage:
     """
 
     name: str = ""
-    copy: Mapping[str, Sequence[str] | Mapping[str, Any]] = field(default_factory=dict)
+    copied: Mapping[str, Sequence[str] | Mapping[str, Any]] = field(default_factory=dict)
     grow: Callable[[nn.Module], nn.Module] | None = None
     train: Sequence[str] | str | None = None
     data: tuple[Any, Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def copies(self) -> dict[str, dict[str, Any]]:
-        """`copy` as options of `transplant`."""
+        """`copied` as options of `transplant`."""
         alone = lambda globs: {"rules": {**{glob: glob for glob in globs}, "*": None}}
-        return {name: dict(how) if isinstance(how, Mapping) else alone(how) for name, how in self.copy.items()}
+        return {name: dict(how) if isinstance(how, Mapping) else alone(how) for name, how in self.copied.items()}
 
     def written(self) -> dict[str, Any]:
         """What of a stage can be written down, to know it again."""
         options = {name: repr(value) for name, value in self.options.items()}
         return {
             "name": self.name,
-            "copy": repr(dict(self.copy)),
+            "copied": repr(dict(self.copied)),
             "train": self.train,
             "grows": self.grow is not None,
             **options,
@@ -107,7 +107,7 @@ class Stages:
         for i, stage in enumerate(self.stages):
             problems += _unknown(stage.options, fit, _FIXED, f"stages[{i}].options")
             for name, how in stage.copies().items():
-                problems += _unknown(how, transplant, _ENDS, f"stages[{i}].copy[{name!r}]")
+                problems += _unknown(how, transplant, _ENDS, f"stages[{i}].copied[{name!r}]")
         names = [stage.name for stage in self.stages]
         problems += [Problem("stages", f"the name {name!r} stands twice", "different names") for name in _twice(names)]
         if not self.stages:
@@ -162,9 +162,9 @@ class Stages:
 
     def _check(self, models: Mapping[str, nn.Module], train: Any) -> None:
         problems = [
-            Problem(f"stages[{i}].copy[{name!r}]", "no model has this name", nearest(name, models))
+            Problem(f"stages[{i}].copied[{name!r}]", "no model has this name", nearest(name, models))
             for i, stage in enumerate(self.stages)
-            for name in stage.copy
+            for name in stage.copied
             if name not in models
         ]
         problems += [
