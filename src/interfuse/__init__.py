@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from interfuse.report.html import write_report as write_report
     from interfuse.saving import load as load
     from interfuse.saving import save as save
+    from interfuse.training.distill import distill as distill
     from interfuse.training.fit import fit as fit
     from interfuse.training.statistics import reset_statistics as reset_statistics
     from interfuse.transfer.build import build as build
@@ -68,6 +69,7 @@ _HOME = {
     "calibrate": "ensemble.calibrate",
     "build": "transfer.build",
     "compare": "evaluation.compare",
+    "distill": "training.distill",
     "extract_lora": "engine.adapters.extract",
     "fit": "training.fit",
     "greedy_soup": "evaluation.soup",

@@ -79,6 +79,7 @@ PUBLIC = [
     "build",
     "calibrate",
     "compare",
+    "distill",
     "extract_lora",
     "fit",
     "greedy_soup",
