@@ -67,7 +67,8 @@ def main() -> None:
     curve = itf.trunk_curve(experts, data["validation"], data["test"])
     curve.save_figure(HERE.parent / "docs" / "sharing.svg")
     about = __doc__.partition("\n\n")[2].partition("\n\n")[0] if __doc__ else ""
-    run = f"`python benchmarks/shared_trunk.py`; {torch.get_num_threads()} threads ({platform.machine()}), torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    run = f"`python benchmarks/shared_trunk.py`; threads: {threads} ({platform.machine()}), torch {torch.__version__}"
     text = f"# Shared trunks\n\n{about}\n\n{curve.markdown()}\n{run}\n"
     (HERE / "shared_trunk.md").write_text(text)
     print(text)
