@@ -196,6 +196,14 @@ def check_output(path: str | Path, *, overwrite: bool = False, inputs: Iterable[
         raise CheckpointError(*(Problem(str(path), wrong, allowed) for wrong, allowed in found))
 
 
+def settle(path: str | Path) -> None:
+    """Remove what a run that was ended right after it put the folder `path` in place has left beside it."""
+    target = Path(path).resolve()
+    part = _part(target)
+    with _alone(target, part, str(path)):
+        _settled(part, target)
+
+
 def room(path: str | Path) -> tuple[int, Path]:
     """How many bytes a new folder at `path` may have, and the folder above it that is there.
 

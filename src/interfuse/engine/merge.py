@@ -18,10 +18,11 @@ from pydantic import ValidationError
 
 from interfuse.checkpoints.source import Checkpoint, open_checkpoint
 from interfuse.checkpoints.tasks import on_disk
-from interfuse.checkpoints.writer import MemoryWriter, whole_folder
+from interfuse.checkpoints.writer import MemoryWriter, settle, whole_folder
 from interfuse.engine.chain import plan_recipe
 from interfuse.engine.local import execute
 from interfuse.engine.on_device import device_for
+from interfuse.engine.output.finished import finished
 from interfuse.engine.output.folder import merge_into
 from interfuse.errors import CheckpointError, ModelError, OptionError, Problem, UserError, nearest
 from interfuse.plan import Plan
@@ -30,6 +31,7 @@ from interfuse.recipe.chain import absolute
 from interfuse.recipe.check import form_problems
 from interfuse.recipe.merges import gives_tasks
 from interfuse.recipe.pieces import references
+from interfuse.recipe.values import plain
 from interfuse.registry import problems_of
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ def merge(
     tied, and the inputs are unchanged. Mappings give a dict. Paths need `out` and give its Path: a new folder with
     `model.safetensors`, the base's (or first's) config, tokenizer and other small files, a model card, and
     `interfuse.json`, which says how it was made; `overwrite` lets it replace a folder, `resume` goes on where a run that was
-    killed was.
+    killed was, and leaves what one had finished, of the same models, as it is.
 
     `weights` is one number a model (1 each; a mapping goes by the models' names), `dtype` the type of the result's
     floating-point tensors (that of the base or first). `tokenizer` (`"union"`, `"base"`, a model's path, or what a recipe has
@@ -100,9 +102,13 @@ def merge(
         if kind == "path":
             paths = [path for ref in references(recipe) for path in (ref.path, ref.lora) if path is not None]
             inputs = [path for ref in paths if (path := on_disk(ref)) is not None]
+            written = [absolute(recipe, Path.cwd())[0].model_dump(exclude_defaults=True)]
+            if resume and finished(Path(out or ""), plan, sources, written, allow_nonfinite=allow_nonfinite) is not None:
+                settle(out or "")
+                return Path(out or "")
             with whole_folder(Path(out or ""), overwrite=overwrite, inputs=inputs, resume=resume) as folder:
                 merge_into(
-                    plan, sources, folder, recipes=[absolute(recipe, Path.cwd())[0].model_dump(exclude_defaults=True)],
+                    plan, sources, folder, recipes=written,
                     threads=threads, allow_nonfinite=allow_nonfinite, resume=resume, device=place,
                 )  # fmt: skip
             return Path(out or "")
@@ -189,7 +195,7 @@ def _recipe(
     content |= {} if base is None else {"base_model": base}
     content |= {} if dtype is None else {"out_dtype": dtype}
     try:
-        recipe = Recipe.model_validate(content)
+        recipe = Recipe.model_validate(plain(content))
         problems = form_problems(recipe)
     except ValidationError as error:
         problems = problems_of(error, "", list(Recipe.model_fields))

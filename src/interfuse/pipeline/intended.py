@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from interfuse.checkpoints.source import Checkpoint
 from interfuse.checkpoints.writer import check_output, room
 from interfuse.engine.chain import Planned, plan_recipes
 from interfuse.engine.estimate import estimate, room_for
@@ -15,8 +16,10 @@ from interfuse.errors import Problem, UserError
 from interfuse.pipeline.record import DESCRIPTION, RunRecord, hash_data, restored
 from interfuse.plan import plan_merge, uncollected
 from interfuse.recipe import Recipe
+from interfuse.recipe.chain import UNREADABLE
 from interfuse.recipe.check import method_of, names_of, options_of
-from interfuse.recipe.pieces import references
+from interfuse.recipe.pieces import places, references
+from interfuse.recipe.references import Reference
 from interfuse.recipe.values import pattern_problems
 from interfuse.report.outline import outline
 
@@ -60,25 +63,51 @@ def written(chain: Sequence[Recipe]) -> list[dict[str, Any]]:
     return [read.model_dump(mode="json", exclude_defaults=True) for read in chain]
 
 
-def models_problems(recipe: Recipe) -> list[Problem]:
-    """What is wrong with a merge's models that are on this machine, and between them: for a recipe that is faulty itself.
+def models_problems(recipe: Recipe, found: Sequence[Problem], known: Sequence[str] = ()) -> list[Problem]:
+    """What is wrong with a merge's models, and between them, for a recipe with the problems `found`.
 
-    Its numbers are left out, for they may be what is faulty.
+    Left out is what these may be about: models that aren't there, a tokenizer, the method and its numbers. `known` are
+    earlier recipes, whose results aren't there yet.
     """
-    from interfuse.engine.wording import leveled
+    from interfuse.engine.wording import source_problems
 
-    plain = Recipe.model_validate(_without_numbers(recipe.model_dump(exclude_defaults=True)))
-    named = references(plain)
-    here = [ref for ref in named if all(Path(path).exists() for path in (ref.path, ref.lora) if path is not None)]
+    at_fault = [problem.path for problem in found]
+    sound = not any(path.startswith(_NUMBERS) or "parameters" in path for path in at_fault)
+    plain = recipe if sound else Recipe.model_validate(_without_numbers(recipe.model_dump(exclude_defaults=True)))
+    where = places(plain)
+    asked = not any(path.startswith(_WORDS) for path in at_fault)
+    wanted = [ref for ref, path in where.items() if path not in at_fault and not {ref.path, ref.lora} & {UNREADABLE, *known}]
     try:
-        checkpoints = open_references(here)
-        patterns = [*(recipe.drop or ()), *(recipe.keep or ())]
-        if len(here) == len(named) and not any(pattern_problems(pattern, "") for pattern in patterns):
-            asked = recipe.tokenizer is not None or recipe.tokenizer_source is not None
-            plan_merge(plain, leveled(checkpoints) if asked else checkpoints)
+        checkpoints = open_references(wanted, places=where)
     except UserError as error:
-        return list(error.problems)
-    return []
+        return [*error.problems, *(source_problems(recipe, {}) if asked else ())]
+    patterns = [*(recipe.drop or ()), *(recipe.keep or ())]
+    if len(wanted) == len(where) and not any(pattern_problems(pattern, "") for pattern in patterns):
+        return _between(plain, {ref: checkpoints[ref] for ref in references(plain)}, asked=asked)
+    return source_problems(recipe, {}) if asked and not known else []
+
+
+#: Keys of the method's numbers, and of the tokenizer.
+_NUMBERS = ("merge_method", "dtype", "out_dtype", "weights")
+_WORDS = ("tokenizer", "chat_template")
+
+
+def _between(recipe: Recipe, checkpoints: Mapping[Reference, Checkpoint], *, asked: bool) -> list[Problem]:
+    """What is wrong between models that are all there; `asked`: with the tokenizer too."""
+    from interfuse.engine.wording import leveled, reworded
+
+    problems: list[Problem] = []
+    one_size = recipe.tokenizer is not None or recipe.tokenizer_source is not None
+    try:
+        if asked and (one_size or recipe.chat_template is not None):
+            reworded(recipe, checkpoints, {})
+    except UserError as error:
+        problems += error.problems
+    try:
+        plan_merge(recipe, leveled(checkpoints) if one_size else checkpoints)
+    except UserError as error:
+        problems += error.problems
+    return list(dict.fromkeys(problems))
 
 
 def _without_numbers(part: Any) -> Any:

@@ -48,6 +48,7 @@ def chosen_soup(
     recipe: Recipe,
     out: Path,
     *,
+    inputs: Sequence[str],
     of_files: bool,
     dry_run: bool,
     overwrite: bool,
@@ -63,7 +64,7 @@ def chosen_soup(
     assert recipe.data is not None  # the check of the recipe asks for it
     if dry_run:
         return (soup_of(recipe),), {"validation": recipe.data.validation, "steps": []}
-    check_output(out, overwrite=overwrite)
+    check_output(out, overwrite=overwrite, inputs=inputs)
     if of_files:
         plan_recipe(soup_of(recipe))  # that they fit each other, before any is loaded
     with settled(recipe.seed, threads), tempfile.TemporaryDirectory(prefix="interfuse-soup-") as scratch:

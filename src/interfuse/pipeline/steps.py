@@ -30,7 +30,7 @@ def check(
     recipe: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe, *, trust_code: bool = False
 ) -> tuple[Recipe, ...]:
     """The recipes, ready to run; `RecipeError` with everything that can be found wrong without loading a model or data."""
-    beside = lambda read: models_problems(read) if merges_files([read]) else []
+    beside = lambda read, found, known: models_problems(read, found, known) if merges_files([read]) else []
     return check_recipes(recipe, trust_code=trust_code, also=lambda read: _further(read, trust_code), beside=beside)
 
 
