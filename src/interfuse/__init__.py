@@ -38,17 +38,18 @@ if TYPE_CHECKING:
     from interfuse.report.html import write_report as write_report
     from interfuse.saving import load as load
     from interfuse.saving import save as save
+    from interfuse.training.coefficients import learn_coefficients as learn_coefficients
     from interfuse.training.distill import distill as distill
     from interfuse.training.fit import fit as fit
     from interfuse.training.statistics import reset_statistics as reset_statistics
     from interfuse.transfer.build import build as build
     from interfuse.transfer.curve import trunk_curve as trunk_curve
+    from interfuse.transfer.grow import grow as grow
     from interfuse.transfer.sharing import share_trunk as share_trunk
     from interfuse.transfer.stages import Stage as Stage
     from interfuse.transfer.stages import Stages as Stages
     from interfuse.transfer.stages import unfreezing as unfreezing
     from interfuse.transfer.stitch import stitch as stitch
-    from interfuse.transfer.grow import grow as grow
     from interfuse.transfer.transplant import transplant as transplant
 
 __version__ = "0.1.0"
@@ -74,6 +75,7 @@ _HOME = {
     "fit": "training.fit",
     "greedy_soup": "evaluation.soup",
     "grow": "transfer.grow",
+    "learn_coefficients": "training.coefficients",
     "load": "saving",
     "load_data": "data",
     "load_model": "models",

@@ -84,6 +84,7 @@ PUBLIC = [
     "fit",
     "greedy_soup",
     "grow",
+    "learn_coefficients",
     "load",
     "load_data",
     "load_model",
