@@ -37,7 +37,8 @@ def killed_at(last):
             return call(*given, **options)
         return wrapped
     for owner, name in [(os, "fsync"), (os, "rename"), (os, "unlink"), (os, "pwrite"), (shutil, "copyfile"),
-                        (shutil, "rmtree"), (pathlib.Path, "write_text"), (pathlib.Path, "write_bytes"), (pathlib.Path, "unlink")]:
+                        (shutil, "rmtree"), (pathlib.Path, "write_text"), (pathlib.Path, "write_bytes"),
+                        (pathlib.Path, "unlink")]:
         setattr(owner, name, watched(name, getattr(owner, name)))
     go()
 

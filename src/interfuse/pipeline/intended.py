@@ -54,8 +54,9 @@ def finished_before(chain: Sequence[Recipe], out: str | Path, *, compat: bool, n
     _, plan, sources = stages[-1]
     there = finished(Path(out), plan, sources, written(chain), compat=compat, allow_nonfinite=nonfinite) or {}
     run = there.get("run")
-    same = run is not None and run["inputs"]["data"] == hash_data(chain[-1])
-    return restored(intended(chain[-1], stages), Path(out), run) if same else None
+    if run is None or run["inputs"]["data"] != hash_data(chain[-1]):
+        return None
+    return restored(intended(chain[-1], stages), Path(out), run)
 
 
 def written(chain: Sequence[Recipe]) -> list[dict[str, Any]]:

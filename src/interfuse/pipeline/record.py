@@ -116,9 +116,9 @@ def _plain(value: Any) -> Any:
 
 def restored(record: RunRecord, out: Path, run: dict[str, Any]) -> RunRecord:
     """The record of a run that was finished before, from what it wrote down and what is known of it."""
-    known = {field.name: run[field.name] for field in dataclasses.fields(record) if field.name in run}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
-    return dataclasses.replace(record, **values, out=out, before=True)
+    known: dict[str, Any] = {field.name: run[field.name] for field in dataclasses.fields(record) if field.name in run}
+    known |= {key: tuple(value) for key, value in known.items() if isinstance(value, list)}
+    return dataclasses.replace(record, **known, out=out, before=True)
 
 
 def _timeless(value: Any) -> Any:
