@@ -37,6 +37,7 @@ training
 transfer
 report
 saving
+exporting
 pipeline
 demo
 cli
