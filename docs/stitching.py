@@ -7,6 +7,7 @@ Writes docs/stitching-cka.svg and docs/stitching-error.svg, and prints the table
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -42,12 +43,14 @@ def main() -> None:
     for measure, name in (("cka", "cka"), ("stitching", "error")):
         found = itf.similarity(a, b, samples, measure=measure, progress=False)
         found.save_figure(HERE / f"stitching-{name}.svg", a="a, 16 channels", b="b, 24 channels")
-    print("| a up to | b from | held-out error | a | b | stitched | untrained a, stitched |\n|---|---|--:|--:|--:|--:|--:|")
+    sys.stdout.write(
+        "| a up to | b from | held-out error | a | b | stitched | untrained a, stitched |\n|---|---|--:|--:|--:|--:|--:|\n"
+    )
     for place in ("2", "5", "8", "11"):
         records = [itf.stitch(x, b, (place, place), samples, test=test, progress=False).record for x in (a, untrained)]
         found, control = (record for record in records if record is not None)
         values = " | ".join(f"{value:.3f}" for value in (*found.quality.values(), control.quality["stitched"]))
-        print(f"| {place} | {place} | {found.held_out:.2f} | {values} |")
+        sys.stdout.write(f"| {place} | {place} | {found.held_out:.2f} | {values} |\n")
 
 
 if __name__ == "__main__":

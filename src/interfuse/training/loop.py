@@ -38,6 +38,16 @@ def forward(model: nn.Module, batch: Any, *, from_readings: bool) -> tuple[Tenso
     return prediction(call(model, inputs)), targets
 
 
+def auxiliary_loss(model: nn.Module) -> Tensor | float:
+    """The sum of what modules left in `auxiliary_loss` in their last forward, such as a load balance; then they hold none."""
+    total: Tensor | float = 0.0
+    for module in model.modules():
+        if isinstance(left := getattr(module, "auxiliary_loss", None), Tensor):
+            total = total + left
+            module.auxiliary_loss = None
+    return total
+
+
 class Rates(NamedTuple):
     """How fast weights change, and what holds them back; as `fit` has them."""
 
@@ -67,6 +77,7 @@ class Loop(lightning.LightningModule):
         outputs, targets = forward(self.model, batch, from_readings=self.from_readings)
         loss = self.loss(outputs, targets)
         self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(outputs), sync_dist=True)
+        loss = loss + auxiliary_loss(self.model)
         return loss + self.rates.l2_sp / 2 * self._distance() if self.rates.l2_sp else loss
 
     def _distance(self) -> Tensor:
