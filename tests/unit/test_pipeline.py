@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from interfuse.data import load_data
+from interfuse.ensemble.network import Ensemble
 from interfuse.errors import CheckpointError, DataError, ModelError, OptionError, RecipeError, UserError
 from interfuse.inference.predict import predict
 from interfuse.pipeline import check, compare_runs, load_run, run
@@ -136,6 +138,19 @@ def test_an_ensemble_is_evaluated_without_training(work: Path) -> None:
     parents = [load_run_of(name) for name in ("mlp", "mlp2")]
     mean = torch.stack([parent(x).softmax(1) for parent in parents]).mean(0)
     torch.testing.assert_close(model(x).softmax(1), mean)
+
+
+@pytest.mark.parametrize("combine", ["probabilities", "stacking"])
+def test_an_ensemble_learns_from_validation_data(combine: str, work: Path) -> None:
+    data = {"validation": "train.npz", "test": "test.npz"}
+    recipe = {"fusion": "ensemble", "models": [net("mlp"), net("mlp2")], "parameters": {"combine": combine}, "data": data}
+    record = run(recipe, "out", trust_code=True, progress=False)
+    (note,) = record.notes
+    assert re.search(r"log_loss (\S+) -> .*\(96 validation examples, 5-fold cross-validation\)$", note)
+    model = load_run("out", trust_code=True)
+    assert isinstance(model, Ensemble)
+    assert set(model.numbers) == ({"scale"} if combine == "probabilities" else {"matrix", "bias"})
+    same(model, work / "out")
 
 
 def load_run_of(name: str) -> nn.Module:

@@ -353,6 +353,22 @@ def test_what_a_merge_refuses(keys: dict[str, Any], path: str, said: str) -> Non
         ({"models": ["a"], "data": {"train": "t"}, "parameters": {"dim": 3}}, "parameters", "no method to set"),
         ({"fusion": "ensemble", "models": ["a", "b"], "training": {"epochs": 1}}, "training", "an ensemble isn't trained"),
         ({"fusion": "ensemble", "models": ["a", "b"], "parameters": {"combine": "x"}}, "parameters.combine", "got 'x'"),
+        (
+            {"fusion": "ensemble", "models": ["a"], "parameters": {"combine": "vote"}, "data": {"train": "t"}},
+            "data.train",
+            "noth",
+        ),
+        ({"fusion": "ensemble", "models": ["a"], "parameters": {"combine": "greedy"}}, "data.validation", "greedy is learned"),
+        (
+            {"fusion": "ensemble", "models": ["a"], "data": {"validation": 0.1}},
+            "data.validation",
+            "got 0.1; a source of its own",
+        ),
+        (
+            {"fusion": "ensemble", "models": ["a"], "data": {"validation": "t", "test": "t"}},
+            "data.validation",
+            "is data.test too",
+        ),
         ({}, "models", "0 models"),
         ({"fusion": "mean", "models": ["a", "b"], "training": {"epochs": 0}}, "data.train", "a fusion of features is trained"),
     ],

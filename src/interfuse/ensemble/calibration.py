@@ -40,6 +40,11 @@ class Calibration:
     learned: dict[str, Any]
     model: nn.Module = field(repr=False)
 
+    def __str__(self) -> str:
+        """One line: accuracy, log loss and calibration error before and after."""
+        values = ", ".join(f"{name} {self.before[name]:.4g} -> {self.after[name]:.4g}" for name in METRICS)
+        return f"{values} ({self.examples} validation examples, {self.folds}-fold cross-validation)"
+
 
 def cross_validated(
     combine: str, logs: Tensor, targets: Tensor, *, folds: int, seed: int

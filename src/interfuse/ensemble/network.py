@@ -73,6 +73,11 @@ class Ensemble(Composite):
         for name in LEARNED:
             self.register_buffer(name, None)
 
+    @staticmethod
+    def learns(combine: str) -> bool:
+        """Whether a kind needs validation data."""
+        return bool(LEARNS.get(combine))
+
     @property
     def classes(self) -> tuple[str, ...] | None:
         """The names of the result's classes, if the networks' were given."""

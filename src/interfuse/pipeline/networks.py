@@ -63,6 +63,8 @@ def run_networks(recipe: Recipe, folder: Path, *, trust_code: bool, device: str 
         result.training, result.notes = put_layers(recipe, result.model, networks, sets, on, progress=progress)
     if "train" in sets and recipe.form in ("fusion", "single"):
         result.training = train(recipe, result.model, sets, place, progress=progress)
+    if isinstance(result.model, Ensemble) and "validation" in sets:
+        result.notes = (str(result.model.calibrate(sets["validation"], seed=recipe.seed, device=place, progress=progress)),)
     if "test" in sets:
         result.test = evaluate(recipe, result.model, sets["test"], place, progress=progress)
     result.model.to("cpu")

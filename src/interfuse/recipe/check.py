@@ -228,7 +228,9 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("data.train", "missing while training is set", "give the data to train on")
     if chooses(recipe):
         yield from _choice(recipe, train, validation, test)
-    elif (form in ("merge", "ensemble") or recipe.fusion == "transplant") and (train is not None or validation is not None):
+    elif form == "ensemble":
+        yield from _calibration(recipe, train, validation, test)
+    elif (form == "merge" or recipe.fusion == "transplant") and (train is not None or validation is not None):
         yield Problem("data.train" if train is not None else "data.validation", "nothing is trained here", _REMOVE)
     elif validation is not None and train is None:
         yield Problem("data.validation", "stands without data.train", "give the data to train on")
@@ -251,6 +253,20 @@ def chooses(recipe: Recipe) -> bool:
     except OptionError:
         return False
     return recipe.form == "merge" and method is not None and "validation data" in method.needs
+
+
+def _calibration(recipe: Recipe, train: Any, validation: Any, test: Any) -> Iterator[Problem]:
+    """An ensemble learns from validation data alone: it has to where its kind does, and may otherwise."""
+    method, kind = method_of(recipe), recipe.parameters.get("combine")
+    if train is not None:
+        yield Problem("data.train", "nothing is trained here", _REMOVE)
+    if validation is None:
+        if method is not None and isinstance(kind, str) and method.make.learns(kind):  # type: ignore[attr-defined]
+            yield Problem("data.validation", "missing", f"{kind} is learned from it")
+    elif not isinstance(validation, str):
+        yield Problem("data.validation", f"got {validation!r}", "a source of its own, that no model was trained on")
+    elif validation == test:
+        yield Problem("data.validation", "is data.test too", "what an ensemble learns from can't be what is reported")
 
 
 def _choice(recipe: Recipe, train: Any, validation: Any, test: Any) -> Iterator[Problem]:

@@ -110,6 +110,7 @@ class Teachers(Composite):
         self.widths: list[int] = []
 
     def forward(self, inputs: Any) -> Tensor:
+        """Inputs -> (batch, all columns); `widths` then says how many are whose."""
         own = inputs_by_model(self.names, inputs)
         outputs, found = [], []
         for k, teacher in enumerate(self.teachers):
@@ -152,7 +153,7 @@ def target(lesson: Lesson, combine: str, temperature: float, labels: Labels) -> 
     """What the student's softmax at `temperature` is to be, (n, classes)."""
     soft = [labels.spread(k, (z / temperature).log_softmax(1)).exp() for k, z in enumerate(lesson.outputs)]
     weight = _WEIGHTS[combine](lesson, labels)
-    return sum(w[:, None] * p for w, p in zip(weight, soft, strict=True))  # type: ignore[return-value]
+    return torch.stack([w[:, None] * p for w, p in zip(weight, soft, strict=True)]).sum(0)
 
 
 def _mean(lesson: Lesson, labels: Labels) -> Tensor:
@@ -204,6 +205,7 @@ class Hinted(Composite):
         )
 
     def forward(self, inputs: Any) -> Tensor:
+        """Inputs -> (batch, all columns), the student's outputs first."""
         output, found = self._read(inputs)
         regressed = [layer(part) for layer, part in zip(self.regressors, found, strict=True)]
         return torch.cat([output.reshape(len(output), -1), *regressed], 1)
