@@ -177,3 +177,38 @@ def test_nothing_but_headers_is_read(work: Path, monkeypatch: pytest.MonkeyPatch
         main(["run", "r.yaml", "out"])
     assert ended.value.code == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_absent_models_tokenizers_and_sums_of_weights_come_with_the_rest(work: Path, capsys: Capture) -> None:
+    """What may be a hub id is asked for though the recipe has faults, and a faulty key hides no other."""
+    recipe = """
+merge_method: linear
+models:
+  - {model: ./a, parameters: {weight: 1}}
+  - {model: nobody/nothing, parameters: {weight: -1}}
+tokenizer_source: unoin
+sead: 1
+"""
+    lines = said(recipe, work, capsys)
+    assert lines[:2] == ["sead: unknown key; did you mean 'seed' or 'head'?", WEIGHTS]
+    assert lines[2].startswith("models[1].model: nobody/nothing: is no file or folder here")
+    assert lines[3:] == ["tokenizer_source: got 'unoin'; did you mean 'union'?"]
+    sound = recipe.replace("sead: 1\n", "").replace("weight: -1", "weight: 1")
+    assert [line.partition(": ")[0] for line in said(sound, work, capsys)] == ["models[1].model", "tokenizer_source"]
+
+
+WEIGHTS = "weights: 1, -1 sum to 0; change one, or set normalize to false"
+
+
+def test_a_sum_of_weights_is_known_where_another_option_is_at_fault(work: Path, capsys: Capture) -> None:
+    entries = "models: [{model: ./a, parameters: {weight: 1}}, {model: ./b, parameters: {weight: -1, wieght: 1}}]"
+    lines = said(f"merge_method: linear\n{entries}\n", work, capsys)
+    assert lines == ["models[1].parameters.wieght: linear has no such option; did you mean 'weight'?", WEIGHTS]
+    assert WEIGHTS not in said(f"merge_method: linear\n{entries}\nparameters: {{normalize: false}}\n", work, capsys)
+
+
+@pytest.mark.parametrize("model", ["./a+nobody/adapter", "./a+./gone"])
+def test_an_adapter_that_is_absent_is_named_with_its_place(model: str, work: Path, capsys: Capture) -> None:
+    (line,) = said(f"merge_method: linear\nmodels: [./b, {model}]\n", work, capsys)
+    assert line.startswith("models[1].model: ")
+    assert model.partition("+")[2].removeprefix("./") in line

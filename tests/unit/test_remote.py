@@ -234,7 +234,10 @@ def test_every_reference_that_can_t_be_opened_is_named_with_the_way_out(served: 
     write_model(served.folder / "org" / "a", 0)
     with pytest.raises(CheckpointError) as caught:
         run(recipe("org/a@nope", "org/lost", "org/gated", "bad--id@x", f"{served.url}/files/gone"), "out", progress=False)
-    found = {problem.path: (problem.wrong, problem.allowed) for problem in caught.value.problems}
+    assert [problem.path for problem in caught.value.problems] == [f"models[{i}].model" for i in range(5)]
+    parts = [problem.wrong.partition(": ") for problem in caught.value.problems]
+    allowed = [problem.allowed for problem in caught.value.problems]
+    found = {name: (wrong, out) for (name, _, wrong), out in zip(parts, allowed, strict=True)}
     assert found["org/a@nope"] == ("has no such revision on the hub", "give a branch, tag or commit that it has")
     assert "no model on the hub that you may read" in found["org/lost"][0]
     assert "HF_TOKEN" in found["org/lost"][1]
@@ -350,7 +353,9 @@ def test_urls_that_lead_nowhere_are_named_together(tmp_path: Path) -> None:
     urls = ["memory://nothing/here", "nope://x/y", "http://127.0.0.1:9/a/model.safetensors"]
     with pytest.raises(CheckpointError) as caught:
         merge("linear", urls, out=tmp_path / "out")
-    assert [problem.path for problem in caught.value.problems] == urls
+    places = [f"models[{i}].model" for i in range(3)]
+    assert [problem.path for problem in caught.value.problems] == places
+    assert all(problem.wrong.startswith(f"{url}: ") for problem, url in zip(caught.value.problems, urls, strict=True))
     assert "Protocol not known: nope" in str(caught.value)
 
 

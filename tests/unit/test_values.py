@@ -37,8 +37,8 @@ def test_numpy_numbers_are_numbers() -> None:
     recipe = load_recipe({"merge_method": "linear", "models": [entry], "seed": np.int64(3)})
     assert (recipe.models[0].parameters["weight"], recipe.seed) == (0.5, 3)
     models = [{"t": np.array([2.0], np.float32)}, {"t": np.array([4.0], np.float32)}]
-    options = {"density": np.float32(1), "lambda": np.float64(0.5)}
-    merged = merge("ties", models, base={"t": np.zeros(1, np.float32)}, weights=np.array([1, 1]), seed=np.int64(1), **options)
+    options: Any = {"density": np.float32(1), "lambda": np.float64(0.5), "weights": np.array([1, 1]), "seed": np.int64(1)}
+    merged = merge("ties", models, base={"t": np.zeros(1, np.float32)}, **options)
     assert merged["t"] == [1.5]
 
 

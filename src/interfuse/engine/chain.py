@@ -28,7 +28,7 @@ from interfuse.engine.selection import Cut
 from interfuse.errors import CheckpointError, UserError
 from interfuse.plan import Output, Plan, plan_merge, uncollected
 from interfuse.recipe import Recipe
-from interfuse.recipe.pieces import references
+from interfuse.recipe.pieces import places, references
 
 #: Bytes from which on a tensor of an earlier recipe is kept in a file, and how many of its tensors are remembered.
 LARGE, HELD = 2**25, 8
@@ -50,8 +50,9 @@ def plan_recipes(recipes: Sequence[Recipe], *, compat: bool = False, scratch: Pa
     """
     given: dict[str, Checkpoint] = {}
     stages: list[Planned] = []
-    for recipe in recipes:
-        plan, sources = plan_recipe(recipe, given, compat=compat)
+    for i, recipe in enumerate(recipes):
+        inside = f"documents[{i}]." if len(recipes) > 1 else ""
+        plan, sources = plan_recipe(recipe, given, compat=compat, inside=inside)
         plan = replace(plan, earlier=tuple(stage.plan.digest() for stage in stages))
         stages.append(Planned(recipe.name, plan, sources))
         if recipe.name is not None:
@@ -60,10 +61,19 @@ def plan_recipes(recipes: Sequence[Recipe], *, compat: bool = False, scratch: Pa
 
 
 def plan_recipe(
-    recipe: Recipe, given: Mapping[str, Checkpoint] | None = None, *, compat: bool = False
+    recipe: Recipe, given: Mapping[str, Checkpoint] | None = None, *, compat: bool = False, inside: str = ""
 ) -> tuple[Plan, list[Checkpoint]]:
-    """A recipe's plan, and the checkpoints that it is for; those `given` by name are taken as they are."""
-    checkpoints = open_references(references(recipe), given)
+    """A recipe's plan, and the checkpoints that it is for; those `given` by name are taken as they are.
+
+    `inside` is what stands before a place in the recipe, where it's one of several.
+    """
+    where = {reference: inside + path for reference, path in places(recipe).items()}
+    try:
+        checkpoints = open_references(references(recipe), given, where)
+    except UserError as error:
+        from interfuse.engine.wording import source_problems
+
+        raise CheckpointError(*dict.fromkeys([*error.problems, *source_problems(recipe, given or {})])) from None
     if recipe.tokenizer_source is None and recipe.tokenizer is None and recipe.chat_template is None:
         sources = list(checkpoints.values())
         plan = plan_merge(recipe, checkpoints, compat=compat)

@@ -26,19 +26,34 @@ _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def open_references(
-    references: Sequence[Reference], given: Mapping[str, Checkpoint] | None = None
+    references: Sequence[Reference],
+    given: Mapping[str, Checkpoint] | None = None,
+    places: Mapping[Reference, str] | None = None,
 ) -> dict[Reference, Checkpoint]:
-    """Every checkpoint, in order; those `given` by name are taken as they are. What can't be opened is one error."""
+    """Every checkpoint, in order; those `given` by name are taken as they are. What can't be opened is one error.
+
+    `places` are where in a recipe each stands, to be said of a model that isn't there.
+    """
     opened: dict[Reference, Checkpoint] = {}
     problems: list[Problem] = []
     for reference in references:
         try:
             opened[reference] = _open(reference, given or {})
         except UserError as error:
-            problems += error.problems
+            problems += located(error, reference, (places or {}).get(reference)).problems
     if problems:
         raise CheckpointError(*dict.fromkeys(problems))
     return opened
+
+
+def located(error: UserError, reference: Reference, place: str | None) -> UserError:
+    """The error with the recipe's place before what is wrong with a model or adapter as a whole; a file is a place itself."""
+    if place is None:
+        return error
+    whole = [str(reference), reference.path, f"{reference.path}@{reference.revision}"]
+    whole += [str(reference.lora), f"{reference.lora}@{reference.lora_revision}"]
+    problems = [Problem(place, f"{p.path}: {p.wrong}", p.allowed) if p.path in whole else p for p in error.problems]
+    return type(error)(*problems)
 
 
 def _open(reference: Reference, given: Mapping[str, Checkpoint]) -> Checkpoint:

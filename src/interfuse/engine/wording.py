@@ -19,15 +19,16 @@ from interfuse.checkpoints.remote.store import Store
 from interfuse.checkpoints.source import Checkpoint
 from interfuse.checkpoints.ties import tie
 from interfuse.checkpoints.tokenizers.chat import template_of, with_chat_template
+from interfuse.checkpoints.tokenizers.choice import source_allowed
 from interfuse.checkpoints.tokenizers.embedding import Fill, embedding_rows, resized, vocabulary_tensors, with_vocabulary
 from interfuse.checkpoints.tokenizers.tokenizer import Home, has_tokenizer, tokenizer_files
 from interfuse.checkpoints.tokenizers.vocabulary import CONFIGS, Vocabulary, vocabulary
-from interfuse.engine.opening import fetch_side_files, open_references
+from interfuse.engine.opening import fetch_side_files, located, open_references
 from interfuse.errors import CheckpointError, Problem, RecipeError, UserError
 from interfuse.plan import Wording, config_of
 from interfuse.recipe import Recipe
 from interfuse.recipe.merges import gives_tasks, tokenizer_models
-from interfuse.recipe.pieces import pieces
+from interfuse.recipe.pieces import pieces, references
 from interfuse.recipe.references import Reference
 
 Models = Mapping[str, Checkpoint]
@@ -118,17 +119,40 @@ def _elsewhere(recipe: Recipe, homes: Mapping[str, Home | None], given: Models) 
         reference = Reference.parse(value)
         if path not in ("tokenizer_source", "tokenizer.source") or str(reference) in homes or Path(reference.path).is_dir():
             continue
-        home: Home | None
-        if reference.path in given or reference.lora is not None:
-            home = _home(open_references([reference], given)[reference])
-        else:
-            where, _ = place_of(reference.path, reference.revision)
-            home = where.folder if isinstance(where, Store) else where
-            if isinstance(where, Store):
-                where.get(side_files(where), False)
+        try:
+            home = _home_of(reference, given)
+        except UserError as error:
+            raise located(error, reference, path) from None
         if home is not None:
             found[str(reference)] = home
     return found
+
+
+def source_problems(recipe: Recipe, given: Models) -> list[Problem]:
+    """What is wrong with the model that the tokenizer is to come from: all that is known of it while others can't be opened."""
+    merged = references(recipe)
+    problems: list[Problem] = []
+    for path, value in tokenizer_models(recipe):
+        reference = Reference.parse(value)
+        if path not in ("tokenizer_source", "tokenizer.source") or reference in merged:
+            continue
+        try:
+            if _home_of(reference, given) is None:
+                problems.append(Problem(path, f"got {value!r}", source_allowed(str(reference))))
+        except UserError as error:
+            problems += located(error, reference, path).problems
+    return problems
+
+
+def _home_of(reference: Reference, given: Models) -> Home | None:
+    """The files of a model anywhere; None for what is no folder."""
+    if reference.path in given or reference.lora is not None:
+        return _home(open_references([reference], given)[reference])
+    where, _ = place_of(reference.path, reference.revision)
+    if isinstance(where, Store):
+        where.get(side_files(where), False)
+        return where.folder
+    return where if where.is_dir() else None
 
 
 def _rows(checkpoint: Checkpoint) -> int:

@@ -23,6 +23,9 @@ from interfuse.recipe.schema import SECTIONS, Recipe, Section
 from interfuse.recipe.values import plain
 from interfuse.registry import rule
 
+#: A recipe, what is wrong with it so far, and the names of earlier recipes -> what else is.
+Beside = Callable[[Recipe, Sequence[Problem], Sequence[str]], list[Problem]]
+
 
 def load_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
     """The recipe in a YAML file or a mapping, its paths made absolute; `RecipeError` with every problem of its form.
@@ -58,11 +61,12 @@ def check_recipes(
     *,
     trust_code: bool = False,
     also: Callable[[Recipe], list[Problem]] = lambda recipe: [],
-    beside: Callable[[Recipe], list[Problem]] = lambda recipe: [],
+    beside: Beside = lambda recipe, found, known: [],
 ) -> tuple[Recipe, ...]:
     """`load_recipes`, and the files that a run reads, as in `check_recipe`.
 
-    `beside` finds what would be found later, were there no problem: it's asked only where there is one.
+    `beside` finds what would be found later, were there no problem: it's asked only where there is one, with these and the
+    names of earlier recipes.
     """
 
     def further(recipe: Recipe) -> list[Problem]:
@@ -81,7 +85,7 @@ def _only(source: Any, recipes: tuple[Recipe, ...]) -> Recipe:
 def _checked(
     source: Any,
     further: Callable[[Recipe], list[Problem]] = lambda recipe: [],
-    beside: Callable[[Recipe], list[Problem]] = lambda recipe: [],
+    beside: Beside = lambda recipe, found, known: [],
 ) -> tuple[Recipe, ...]:
     """The recipes, or a `RecipeError` with the problems of all."""
     if isinstance(source, Recipe):
@@ -98,7 +102,7 @@ def _checked(
         recipe, found = (document, []) if isinstance(document, Recipe) else _read(dict(document), folder, known)
         found = _joined(found, form_problems(recipe))
         found = _joined(found, further(recipe))
-        found = _joined(found, beside(recipe)) if found else []
+        found = _joined(found, beside(recipe, found, known)) if found else []
         inside = f"documents[{i}]." if len(raw) > 1 else ""
         problems += [Problem(f"{inside}{p.path}".rstrip("."), p.wrong, p.allowed) for p in found]
         recipes.append(recipe)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from interfuse.errors import OptionError, Problem, nearest
+from interfuse.methods.calls import make_call
 from interfuse.recipe.pieces import Piece, pieces
 from interfuse.recipe.references import Reference
 from interfuse.recipe.schema import ModelEntry, Recipe
@@ -35,7 +36,8 @@ def merge_problems(recipe: Recipe, method: Method | None) -> list[Problem]:
         levels |= {f"{s.path}.parameters": (s.parameters, len(piece.sources)) for s in piece.sources}
     for path, (parameters, models) in levels.items():
         problems += _level(method, parameters, path, models)
-    return [*problems, *_required(method, found), *_weights(method, found)]
+    problems += [*_required(method, found), *_weights(method, found)]
+    return [*problems, *dict.fromkeys(problem for piece in found for problem in _together(method, piece))]
 
 
 def gives_tasks(recipe: Recipe) -> bool:
@@ -212,6 +214,25 @@ def _weights(method: Method, found: list[Piece]) -> Iterator[Problem]:
                 if "weight" not in source.parameters:
                     path, allowed = f"{source.path}.parameters.weight", "give every model a weight, or none"
                     yield Problem(path, "missing while other models have one", allowed)
+
+
+def _together(method: Method, piece: Piece) -> Iterator[Problem]:
+    """What the method has against a piece's weights as a whole, where they are the same for all tensors: a sum of 0."""
+    levels = [parameters for _, parameters in piece.levels]
+    names = {name: name for name in ("weight", *method.options.model_fields)}
+    names |= {field.alias: name for name, field in method.options.model_fields.items() if field.alias}
+    merged = [s for s in piece.sources if not (method.sees_base and s.model == piece.base)]
+    rows = [{names[key]: value for level in (*reversed(levels), s.parameters) for key, value in level.items() if key in names}
+            for s in merged]  # fmt: skip
+    weights = tuple(row.pop("weight", 1.0) for row in rows)
+    shared = {key: value for key, value in (rows[0] if rows else {}).items() if key not in method.each}
+    if not rows or any(type(w) not in (int, float) for w in weights) or not is_plain(shared):
+        return
+    try:
+        options = method.check(shared)
+        make_call(method, weights, options | {key: (options[key],) * len(rows) for key in method.each})
+    except OptionError as error:
+        yield from (problem for problem in error.problems if problem.path == "weights")
 
 
 def entries_in(recipe: Recipe) -> list[tuple[str, ModelEntry]]:

@@ -53,6 +53,18 @@ def references(recipe: Recipe) -> list[Reference]:
     return list(dict.fromkeys(Reference.parse(model) for model in [*bases, *entries]))
 
 
+def places(recipe: Recipe) -> dict[Reference, str]:
+    """Where each model of a merge stands first: `models[1].model`, `base_model`."""
+    found: dict[Reference, str] = {}
+    for piece in pieces(recipe):
+        for source in piece.sources:
+            found.setdefault(Reference.parse(source.model), f"{source.path}.model")
+        if piece.base is not None:
+            path = "base_model" if piece.base == recipe.base_model else f"{piece.path}.base_model"
+            found.setdefault(Reference.parse(piece.base), path)
+    return found
+
+
 def _listed(
     recipe: Recipe,
     models: list[ModelEntry],

@@ -102,7 +102,13 @@ def _source(
     folder = None if text is None else Path(text).expanduser()
     if folder is not None and folder.is_dir():
         return folder, None, []
-    return "base", None, [Problem(path, f"got {value!r}", "allowed: base, union, or a model's folder")]
+    return "base", None, [Problem(path, f"got {value!r}", source_allowed(text))]
+
+
+def source_allowed(text: str | None) -> str:
+    """What to offer for a tokenizer's source that is none."""
+    offered = nearest(text or "", ("base", "union"))
+    return offered if offered.startswith("did you") else "allowed: base, union, or a model's folder"
 
 
 def _key(text: str, folders: Mapping[str, Home | None]) -> str | None:
