@@ -50,7 +50,9 @@ if TYPE_CHECKING:
     from interfuse.transfer.stages import Stages as Stages
     from interfuse.transfer.stages import unfreezing as unfreezing
     from interfuse.transfer.stitch import stitch as stitch
+    from interfuse.transfer.together import fit_tasks as fit_tasks
     from interfuse.transfer.transplant import transplant as transplant
+    from interfuse.transfer.tying import tie as tie
 
 __version__ = "0.1.0"
 
@@ -73,6 +75,7 @@ _HOME = {
     "distill": "training.distill",
     "extract_lora": "engine.adapters.extract",
     "fit": "training.fit",
+    "fit_tasks": "transfer.together",
     "greedy_soup": "evaluation.soup",
     "grow": "transfer.grow",
     "learn_coefficients": "training.coefficients",
@@ -91,6 +94,7 @@ _HOME = {
     "similarity": "evaluation.similarity",
     "stitch": "transfer.stitch",
     "task_model": "engine.task_model",
+    "tie": "transfer.tying",
     "trunk_curve": "transfer.curve",
     "unfreezing": "transfer.stages",
     "transplant": "transfer.transplant",
