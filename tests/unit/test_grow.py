@@ -64,7 +64,8 @@ def test_convolutions_with_norms_and_a_flattened_reader() -> None:
     grown = itf.grow(net, {"0": 7, "4": 5}, example=x)
     same(net, grown, x)
     assert (grown[1].num_features, grown[4].in_channels, grown[8].in_features) == (7, 7, 5 * 16)
-    grown.train()(x)  # statistics have the new width
+    with torch.no_grad():
+        assert torch.allclose(net.train()(x), grown.train()(x), atol=1e-10)  # copies of a channel have the same statistics
     assert grown[1].running_mean.shape == (7,)
 
 
@@ -156,6 +157,11 @@ def test_deeper_by_identity_layers_behind_relu() -> None:
     grown = itf.grow(net, deeper=["2", "6"], example=x)
     same(net, grown, x)
     assert [type(module).__name__ for module in grown][2:6] == ["ReLU", "Conv2d", "ReLU", "MaxPool2d"]
+    flat = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.ReLU(), nn.Linear(9, 2)).double()
+    z = torch.randn(4, 2, 5).double()
+    longer = itf.grow(flat, deeper=["2"], example=z)
+    same(flat, longer, z)
+    assert isinstance(longer[3], nn.Linear)
     linear, y = dense(), torch.randn(7, 5).double()
     wide = itf.grow(linear, {"2": 9}, ["1"], example=y)
     same(linear, wide, y)
@@ -223,6 +229,15 @@ def test_wrong_options_are_told() -> None:
         itf.grow(dense(), {"9": 4}, example=x)
 
 
+def reload(grown: Any, folder: Any) -> Any:
+    """Saved and loaded, with every tensor where it was."""
+    grown.save_pretrained(folder)
+    loaded, told = type(grown).from_pretrained(folder, dtype=torch.float64, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    return loaded.eval()
+
+
 @pytest.mark.parametrize("kind", ["Llama", "GPT2"])
 def test_transformers_models_grow_with_their_config(kind: str, tmp_path: Any) -> None:
     transformers = pytest.importorskip("transformers")
@@ -242,9 +257,28 @@ def test_transformers_models_grow_with_their_config(kind: str, tmp_path: Any) ->
     with torch.no_grad():
         assert torch.allclose(net(ids).logits, grown(ids).logits, atol=1e-10)
         assert grown(ids).past_key_values.get_seq_length(2) == 9  # each layer has a cache of its own
-    grown.save_pretrained(tmp_path)
-    loaded, told = type(net).from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
-    assert not told["missing_keys"]
-    assert not told["unexpected_keys"]
     with torch.no_grad():
-        assert torch.allclose(net(ids).logits, loaded.eval()(ids).logits, atol=1e-10)
+        assert torch.allclose(net(ids).logits, reload(grown, tmp_path)(ids).logits, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "ResNet"])
+def test_configs_of_images_have_the_new_numbers(kind: str, tmp_path: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    wider: Any = None
+    if kind == "ViT":
+        sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 12, "patch_size": 8}
+        net = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=32))
+        wider = {
+            name: 20 for name, module in net.named_modules() if isinstance(module, nn.Linear) and module.out_features == 12
+        }
+        deeper = [name for name, module in net.named_modules() if type(module).__name__ == "ViTLayer"]
+        assert len(wider) == len(deeper) == 2
+    else:
+        config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic")
+        net = transformers.ResNetForImageClassification(config)
+        deeper = ["resnet.encoder.stages.0.layers.1", "resnet.encoder.stages.1.layers.1"]
+    images = torch.randn(2, 3, 32, 32).double()
+    grown = itf.grow(net.double().eval(), wider, deeper, example={"pixel_values": images})
+    other = torch.randn(2, 3, 32, 32).double()
+    with torch.no_grad():
+        assert torch.allclose(net(other).logits, reload(grown, tmp_path)(other).logits, atol=1e-10)

@@ -338,3 +338,40 @@ def test_the_report_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "layers.*.weight" in shown
     assert "copied 2 tensors (6 numbers)" in shown
     assert report.caption() in str(report)
+
+
+def llama(layers: int, tokens: int = 20) -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": layers, "intermediate_size": 12}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=tokens, bos_token_id=1, eos_token_id=2))
+
+
+def test_a_folder_of_transformers_loads_and_has_each_layer_where_it_was_sent(tmp_path: Path) -> None:
+    source, target = llama(2), llama(4)
+    source.save_pretrained(tmp_path / "source")
+    target.save_pretrained(tmp_path / "target")
+    itf.transplant(tmp_path / "source", tmp_path / "target", depth="spread", out=tmp_path / "out", show=False)
+    put(source, target, depth="spread")
+    loaded, told = type(target).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not told["missing_keys"]
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in target.state_dict().items())
+    for mine, theirs in ((0, 0), (2, 1)):
+        name = "model.layers.{}.mlp.up_proj.weight"
+        assert torch.equal(state[name.format(mine)], source.state_dict()[name.format(theirs)])
+
+
+def test_rows_by_the_tokens_of_two_folders(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = (["<s>", "</s>", "a", "b", "c"], ["</s>", "c", "new", "<s>"])
+    for side, tokens in zip(("source", "target"), words, strict=True):
+        (tmp_path / side).mkdir()
+        model = tokenizers.models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<s>")
+        tokenizers.Tokenizer(model).save(str(tmp_path / side / "tokenizer.json"))
+    source, target = llama(2, 5), llama(2, 4)
+    before = target.model.embed_tokens.weight.detach().clone()
+    put(source, target, vocabulary=(tmp_path / "source", tmp_path / "target"))
+    rows = source.model.embed_tokens.weight
+    assert torch.equal(target.model.embed_tokens.weight, torch.stack([rows[1], rows[4], before[2], rows[0]]))
+    with pytest.raises(OptionError, match="no tokenizer in"):
+        put(source, target, vocabulary=(tmp_path, tmp_path))

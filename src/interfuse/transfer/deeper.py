@@ -18,7 +18,7 @@ from interfuse.checkpoints.config import output_config
 from interfuse.errors import Problem
 from interfuse.modules.inputs import call, tensors_of
 from interfuse.transfer.probe import TOLERANCE, change, difference
-from interfuse.transfer.wider import kind_of
+from interfuse.transfer.wider import CONVOLUTIONS, kind_of
 
 _Norm = nn.modules.batchnorm._BatchNorm
 _RUN = "give a list that the network runs through in order, whatever its length"
@@ -106,15 +106,14 @@ def _layer(siblings: Sequence[nn.Module], place: int, output: Tensor) -> list[nn
     before = next((module for module in reversed(siblings[:place]) if kind_of(module) is not None), None)
     if before is None:
         return "no Linear or convolution stands before it"
-    like = {"device": output.device, "dtype": output.dtype}
-    layer: nn.Module
-    if isinstance(before, nn.Linear):
+    like: dict[str, Any] = {"device": output.device, "dtype": output.dtype}
+    layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    if isinstance(before, CONVOLUTIONS) and output.ndim == before.weight.ndim:
+        layer = type(before)(output.shape[1], output.shape[1], 3, padding=1, **like)
+        nn.init.dirac_(layer.weight)
+    else:
         layer = nn.Linear(output.shape[-1], output.shape[-1], **like)
         nn.init.eye_(layer.weight)
-    else:
-        width = output.shape[1]
-        layer = type(before)(width, width, 3, padding=1, **like)  # type: ignore[call-arg]
-        nn.init.dirac_(layer.weight)  # type: ignore[arg-type]
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     again = copy.deepcopy(activation)
     if difference([output], [again(layer(output))]) > TOLERANCE:
@@ -180,7 +179,15 @@ def _insert(model: nn.Module, outer: str, added: dict[str, list[nn.Module]]) -> 
     holders = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1))
     config = next((c for part in holders if hasattr(c := getattr(part, "config", None), "to_dict")), None)
     if config is not None:
-        _set(config, output_config([config.to_dict()], 0, {f"{outer}.": origins}, {f"{outer}.": before})[0])
+        _set(config, _config(config.to_dict(), outer, origins, before))
+
+
+def _config(config: dict[str, Any], outer: str, origins: list[tuple[int, int]], before: int) -> dict[str, Any]:
+    """A config with the new number of layers: its own count, or that of a stage in its list of `depths`."""
+    depths, stages = config.get("depths"), [int(part) for part in outer.split(".") if part.isdecimal()]
+    if isinstance(depths, list) and stages and depths[stages[-1] : stages[-1] + 1] == [before]:
+        return {**config, "depths": [len(origins) if i == stages[-1] else n for i, n in enumerate(depths)]}
+    return output_config([config], 0, {f"{outer}.": origins}, {f"{outer}.": before})[0]
 
 
 def _set(config: Any, made: dict[str, Any]) -> None:

@@ -24,9 +24,13 @@ from interfuse.transfer.probe import TOLERANCE, change
 Width = int | tuple[int, str | Sequence[str]]
 
 _Norm = nn.modules.batchnorm._NormBase
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: The convolutions that are grown.
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: Keys of a Transformers config that say how wide feed-forward blocks are.
 _CONFIG_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim")
+
+#: A part of a path that is a number.
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 class Kind(NamedTuple):
@@ -42,7 +46,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     """A Linear, a convolution, or Transformers' Conv1D, which is a Linear stored the other way; None for what is neither."""
     if isinstance(module, nn.Linear):
         return Kind(0, 1, "out_features", "in_features")
-    if isinstance(module, _CONVOLUTIONS):
+    if isinstance(module, CONVOLUTIONS):
         return Kind(0, 1, "out_channels", "in_channels")
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return Kind(1, 0, "nf", "nx")
@@ -323,9 +327,9 @@ def _tell_config(model: nn.Module, wider: Mapping[str, Width]) -> None:
         return
     patterns: dict[str, set[int]] = {}
     for path in wider:
-        patterns.setdefault(re.sub(r"\d+", "*", path), set())
+        patterns.setdefault(_NUMBER.sub("*", path), set())
     for name, module in model.named_modules():
-        kind, pattern = kind_of(module), re.sub(r"\d+", "*", name)
+        kind, pattern = kind_of(module), _NUMBER.sub("*", name)
         if kind is not None and pattern in patterns:
             patterns[pattern].add(getattr(module, kind.outputs))
     widths = {width for found in patterns.values() for width in found}
