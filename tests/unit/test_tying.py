@@ -78,8 +78,8 @@ def test_tied_networks_train_together_and_stay_tied() -> None:
     record = fit_tasks(
         tied, data(), data(2), epochs=5, learning_rate=0.02, batch_size=16, loss={"a": "cross_entropy", "c": "mse"}
     )
-    losses = [row["validation_loss"] for row in record.history]
-    assert losses[record.best_epoch] == min(losses) < losses[0]
+    values = [row["validation_loss"] for row in record.history]
+    assert values[record.best_epoch] == min(values) < values[0]
     assert tied.network("a").get_parameter("2.weight") is tied.network("c").get_parameter("2.0.weight")
     assert not tied.training
 

@@ -94,7 +94,7 @@ class _Joined:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for loader in self.loaders.values():
-            order = getattr(loader, "sampler", None)
+            order: Any = getattr(loader, "sampler", None)
             if hasattr(order, "set_epoch"):
                 order.set_epoch(int(torch.randint(2**31, ())))
         streams = {task: iter(loader) for task, loader in self.loaders.items()}
