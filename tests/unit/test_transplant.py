@@ -230,6 +230,11 @@ def test_rows_by_token() -> None:
         assert torch.equal(target[name], torch.stack([source[name][2], zero, source[name][0], zero, zero]))
     assert report.names("adapted") == ["embed_tokens.weight", "lm_head.weight"]
     assert report.rows[0].how == "rows of 2 of 3 tokens; the others as they were"
+    half = {name: value.half() for name, value in target.items()}
+    put(source, half, vocabulary=({"a": 0}, {"a": 1}))
+    assert torch.equal(half["lm_head.weight"][1], source["lm_head.weight"][0].half())
+    with pytest.raises(CheckpointError, match="numbers too large for F16"):
+        put({name: value * 1e6 for name, value in source.items()}, half, vocabulary=({"a": 0}, {"a": 1}))
     with pytest.raises(OptionError, match="'z' has row 9 of 4"):
         put(source, target, vocabulary=({"z": 9}, {"z": 0}))
     with pytest.raises(OptionError, match="share no token"):

@@ -117,9 +117,9 @@ def _by_token(source: TensorSpec, target: TensorSpec, rows: Rows) -> Adapter | s
         return f"shape {list(source.shape)} into {list(target.shape)}, rows by token"
 
     def make(value: Tensor, old: Tensor) -> Tensor:
-        new = old.clone()
-        chosen = value.index_select(axis, torch.tensor(rows.source, dtype=torch.long)).to(old.dtype)
-        return new.index_copy_(axis, torch.tensor(rows.target, dtype=torch.long), chosen)
+        wide = torch.promote_types(value.dtype, old.dtype)  # the caller rounds once
+        chosen = value.index_select(axis, torch.tensor(rows.source, dtype=torch.long)).to(wide)
+        return old.to(wide, copy=True).index_copy_(axis, torch.tensor(rows.target, dtype=torch.long), chosen)
 
     return Adapter(f"rows of {len(rows.target):,} of {rows.size:,} tokens; the others as they were", make)
 
