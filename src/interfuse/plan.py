@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from interfuse.checkpoints.config import config_problems
 from interfuse.checkpoints.numbers import FLOATS, STORED_FLOATS, float_named
 from interfuse.checkpoints.source import Checkpoint, TensorSpec
 from interfuse.checkpoints.tokenizers.embedding import is_vocabulary
@@ -151,13 +152,15 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[Reference, Checkpoint], *, c
     mergekit where it differs (docs/mergekit.md).
     """
     method = find(recipe.merge_method or "", "weights", "merge_method")
-    headers = {reference: Header(c.specs, config_of(c)) for reference, c in checkpoints.items()}
+    configs, faulty = _configs(list(checkpoints.values()))
+    headers = {ref: Header(c.specs, config) for (ref, c), config in zip(checkpoints.items(), configs, strict=True)}
     found = layout(recipe, headers, compat=compat)
     planner = _Planner(method, checkpoints, recipe, compat)
     outputs = [output for slot in found.slots if (output := planner.output(slot))]
     wrong = list(dict.fromkeys(planner.refused()))
-    if found.problems or planner.mismatches():
-        raise CheckpointError(*found.problems, *planner.mismatches(), *wrong)
+    misfits = [*faulty, *found.problems, *planner.mismatches()]
+    if misfits:
+        raise CheckpointError(*dict.fromkeys([*misfits, *wrong]))
     if wrong:
         raise OptionError(*wrong)
     order = {reference: i for i, reference in enumerate(checkpoints)}
@@ -170,8 +173,24 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[Reference, Checkpoint], *, c
     )
 
 
+def _configs(checkpoints: Sequence[Checkpoint]) -> tuple[list[dict[str, Any] | None], list[Problem]]:
+    """Every checkpoint's config, and what is wrong with any."""
+    configs: list[dict[str, Any] | None] = []
+    problems: list[Problem] = []
+    for checkpoint in checkpoints:
+        config = None
+        try:
+            config = config_of(checkpoint)
+        except CheckpointError as error:
+            problems += error.problems
+        found = config_problems(config, f"{checkpoint.name}/config.json")
+        problems += found
+        configs.append(None if found else config)
+    return configs, problems
+
+
 def config_of(checkpoint: Checkpoint, inner: str = "") -> dict[str, Any] | None:
-    """The checkpoint's config.json, or that in a sub-folder; None where there is none, an error where it isn't JSON."""
+    """The checkpoint's config.json, or that in a sub-folder; None where there is none, an error for what isn't a mapping."""
     path = checkpoint.folder / f"{inner}config.json" if checkpoint.folder else None
     text = checkpoint.beside.get(f"{inner}config.json")
     try:
@@ -184,7 +203,9 @@ def config_of(checkpoint: Checkpoint, inner: str = "") -> dict[str, Any] | None:
         raise CheckpointError(Problem(str(path), f"can't be read: {error.strerror}")) from None
     except ValueError:
         raise CheckpointError(Problem(str(path), "isn't JSON", "get the file again")) from None
-    return config if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        raise CheckpointError(Problem(str(path), f"holds a {type(config).__name__}, not a mapping", "get the file again"))
+    return config
 
 
 class _Meeting(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -212,3 +213,15 @@ def test_an_adapter_that_is_absent_is_named_with_its_place(model: str, work: Pat
     (line,) = said(f"merge_method: linear\nmodels: [./b, {model}]\n", work, capsys)
     assert line.startswith("models[1].model: ")
     assert model.partition("+")[2].removeprefix("./") in line
+
+
+def test_configs_with_values_of_another_type_are_refused_together(work: Path, capsys: Capture) -> None:
+    (work / "a" / "config.json").write_text("[1, 2]")
+    text = {"vocab_size": 8.5, "layer_types": 3, "mlp_only_layers": None}
+    (work / "b" / "config.json").write_text(json.dumps({"num_hidden_layers": "3", "text_config": text, "depth": [1, 2]}))
+    assert said("merge_method: linear\nmodels: [./a, ./b, ./base]\n", work, capsys) == [
+        "W/a/config.json: holds a list, not a mapping; get the file again",
+        "W/b/config.json: num_hidden_layers is '3'; it is a whole number in a sound file",
+        "W/b/config.json: text_config.vocab_size is 8.5; it is a whole number in a sound file",
+        "W/b/config.json: text_config.layer_types is 3; it is a list in a sound file",
+    ]

@@ -7,10 +7,11 @@ and values; no architecture is known here.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from interfuse.checkpoints.layers import config_counts
+from interfuse.checkpoints.layers import LAYER_KEYS, config_counts
+from interfuse.errors import Problem
 
 Config = Mapping[str, Any]
 Picks = Sequence[tuple[int, int]]
@@ -32,6 +33,7 @@ _OTHER_LISTS = (
     *("architectures", "mrope_section", "image_mean", "image_std", "image_size", "patch_size", "eos_token_id", "kernel_size"),
     *("short_factor", "long_factor", "conv_kernel", "conv_stride", "conv_dim", "upsample_rates", "bad_words_ids"),
 )
+_SHOWN = 40  # letters of a value that a message shows
 _SIDES = ("encoder", "decoder")
 _SENSES = {"vision": ("vision", "visual", "image"), "audio": ("audio", "speech"), "text": ("text", "language")}
 
@@ -61,6 +63,46 @@ def output_config(
     if dtype is not None:
         _set_dtype(config, dtype.removeprefix("torch."))
     return config, notes
+
+
+def config_problems(config: Config | None, path: str) -> list[Problem]:
+    """What is wrong with the types of a config's counts and lists of layers and its vocabulary; `path` is the file."""
+    wrong = []
+    for section, keys in _nested(config or {}, ""):
+        for key, value in section.items():
+            rule = _RULES.get(key)
+            if value is not None and rule is not None and not rule[0](value):
+                wrong.append(Problem(path, f"{keys}{key} is {repr(value)[:_SHOWN]}", f"it is {rule[1]} in a sound file"))
+    return wrong
+
+
+def _nested(config: Config, keys: str) -> Iterator[tuple[Config, str]]:
+    """A config and its sections, each with the keys that lead to it."""
+    yield config, keys
+    for key, value in config.items():
+        if key.endswith("config") and isinstance(value, Mapping):
+            yield from _nested(value, f"{keys}{key}.")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_count_or_several(value: Any) -> bool:
+    """Networks of stages have one number for each."""
+    return _is_count(value) or (isinstance(value, list) and all(map(_is_count, value)))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+#: What a key's value must be where it isn't null, and how that is said.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(LAYER_KEYS, (_is_count_or_several, "a whole number")),
+    **dict.fromkeys(("num_hidden_layers", "vocab_size"), (_is_count, "a whole number")),
+    **dict.fromkeys(("layer_types", *_NUMBERS_OF_LAYERS), (_is_list, "a list")),
+}
 
 
 def changed(config: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
