@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from interfuse.evaluation.compare import compare as compare
     from interfuse.evaluation.similarity import similarity as similarity
     from interfuse.evaluation.soup import greedy_soup as greedy_soup
+    from interfuse.exporting import export as export
     from interfuse.inference.predict import predict as predict
     from interfuse.mixture import moe as moe
     from interfuse.models import load_model as load_model
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from interfuse.training.coefficients import learn_coefficients as learn_coefficients
     from interfuse.training.distill import distill as distill
     from interfuse.training.fit import fit as fit
+    from interfuse.training.schedule import WeightSchedule as WeightSchedule
     from interfuse.training.statistics import reset_statistics as reset_statistics
     from interfuse.transfer.build import build as build
     from interfuse.transfer.curve import trunk_curve as trunk_curve
@@ -69,10 +71,12 @@ _HOME = {
     "Stage": "transfer.stages",
     "Stages": "transfer.stages",
     "UserError": "errors",
+    "WeightSchedule": "training.schedule",
     "calibrate": "ensemble.calibrate",
     "build": "transfer.build",
     "compare": "evaluation.compare",
     "distill": "training.distill",
+    "export": "exporting",
     "extract_lora": "engine.adapters.extract",
     "fit": "training.fit",
     "fit_tasks": "transfer.together",
