@@ -218,7 +218,9 @@ def test_an_adapter_that_is_absent_is_named_with_its_place(model: str, work: Pat
 def test_configs_with_values_of_another_type_are_refused_together(work: Path, capsys: Capture) -> None:
     (work / "a" / "config.json").write_text("[1, 2]")
     text = {"vocab_size": 8.5, "layer_types": 3, "mlp_only_layers": None}
-    (work / "b" / "config.json").write_text(json.dumps({"num_hidden_layers": "3", "text_config": text, "depth": [1, 2]}))
+    (work / "b" / "config.json").write_text(
+        json.dumps({"num_hidden_layers": "3", "text_config": text, "depth": [1, 2], "num_layers": {"a": 1}})
+    )
     assert said("merge_method: linear\nmodels: [./a, ./b, ./base]\n", work, capsys) == [
         "W/a/config.json: holds a list, not a mapping; get the file again",
         "W/b/config.json: num_hidden_layers is '3'; it is a whole number in a sound file",

@@ -89,8 +89,9 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_count_or_several(value: Any) -> bool:
-    """Networks of stages have one number for each."""
-    return _is_count(value) or (isinstance(value, list) and all(map(_is_count, value)))
+    """Networks of stages have one number for each, and LXMERT's has a mapping."""
+    several = list(value.values()) if isinstance(value, dict) else value
+    return _is_count(value) or (isinstance(several, list) and all(map(_is_count, several)))
 
 
 def _is_list(value: Any) -> bool:
@@ -100,7 +101,7 @@ def _is_list(value: Any) -> bool:
 #: What a key's value must be where it isn't null, and how that is said.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(LAYER_KEYS, (_is_count_or_several, "a whole number")),
-    **dict.fromkeys(("num_hidden_layers", "vocab_size"), (_is_count, "a whole number")),
+    "vocab_size": (_is_count, "a whole number"),
     **dict.fromkeys(("layer_types", *_NUMBERS_OF_LAYERS), (_is_list, "a list")),
 }
 
