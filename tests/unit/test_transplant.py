@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import interfuse as itf
-from interfuse.checkpoints.source import open_checkpoint
+from interfuse.checkpoints.source import BLOCK, Checkpoint, open_checkpoint
 from interfuse.errors import CheckpointError, ModelError, OptionError
 from interfuse.transfer.report import ACTIONS, Report
 
@@ -221,6 +221,13 @@ def test_the_first_heads_of_fused_and_single_projections() -> None:
     assert torch.equal(target["attn.out.weight"], source["attn.out.weight"][:, :kept])
 
 
+def test_thirds_lie_along_the_second_axis_where_weights_are_stored_the_other_way() -> None:
+    source, target = {"h.0.attn.c_attn.weight": torch.randn(6, 18)}, {"h.0.attn.c_attn.weight": torch.zeros(6, 12)}
+    put(source, target, adapt="heads")
+    expected = source["h.0.attn.c_attn.weight"].reshape(6, 3, 6)[:, :, :4].reshape(6, 12)
+    assert torch.equal(target["h.0.attn.c_attn.weight"], expected)
+
+
 def test_rows_by_token() -> None:
     source = {"embed_tokens.weight": torch.randn(4, 3), "lm_head.weight": torch.randn(4, 3), "norm.weight": torch.ones(3)}
     target = {"embed_tokens.weight": torch.zeros(5, 3), "lm_head.weight": torch.zeros(5, 3), "norm.weight": torch.zeros(3)}
@@ -335,6 +342,25 @@ def test_folders_are_written_tensor_by_tensor_and_never_changed(tmp_path: Path) 
         itf.transplant(tmp_path / "source", tmp_path / "target", out=out, **options)
     with pytest.raises(OptionError, match="give out=FOLDER"):
         itf.transplant(tmp_path / "source", tmp_path / "target", show=False)
+
+
+def test_what_is_copied_between_files_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, tensors in (("source", stack(2, 300_000)), ("target", stack(4, 300_000))):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    seen: list[int] = []
+    block = Checkpoint.block
+
+    def counted(self: Checkpoint, name: str, start: int, stop: int) -> np.ndarray:
+        seen.append(stop - start)
+        return block(self, name, start, stop)
+
+    monkeypatch.setattr(Checkpoint, "block", counted)
+    files = (tmp_path / "source.safetensors", tmp_path / "target.safetensors")
+    itf.transplant(*files, depth="spread", out=tmp_path / "out", show=False)
+    assert max(seen) <= BLOCK
+    assert sum(seen) == 4 * 300_000
+    written = {name: torch.from_numpy(open_checkpoint(tmp_path / "out").read(name)) for name in stack(4)}
+    assert layers_of(written) == [0, 1, 1, 3]
 
 
 def test_the_report_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

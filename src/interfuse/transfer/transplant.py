@@ -168,11 +168,11 @@ def _report(plan: _Plan, matches: Matches, origin: Checkpoint, goal: Checkpoint)
             how = f"tied to {tied}"
         rows.append(Row(name, action, spec.count, source, how, tied, asked=name in matches.left))
     used = {row.source for row in rows}
-    layers = {theirs for ours, theirs in matches.given.items() if ours not in goal.specs}
+    placed = {theirs for ours, theirs in matches.given.items() if ours not in goal.specs}
     unused = dict.fromkeys(matches.dropped, "left out by a rule")
     for name in origin.specs:
         if name not in used and name not in unused:
-            unused[name] = "no such tensor in the target" if name in layers else "its layer goes nowhere"
+            unused[name] = "no such tensor in the target" if name in placed else "its layer goes nowhere"
     return Report(tuple(rows), unused, tuple(matches.notes))
 
 
