@@ -37,7 +37,7 @@ class Stage:
     name: for the record; left out, "stage 1", "stage 2", ...
     copied: what is copied first, by the name of the model that it comes from: a list of globs of tensors, or options of
         `transplant` (rules, depth, adapt, ...; {} is all that fits by name).
-    grow: a function from the network to a larger one, such as `lambda net: itf.grow(net, deeper=["blocks.3"])`.
+    grow: a function from the network to a larger one, such as `lambda net: itf.grow(net, deeper=["blocks.3"], example=x)`.
     train: globs of the parameters that are trained, or "head"; None is all of them, an empty list trains nothing.
     data: (train, validation) in place of the data of all stages.
     options: of `fit`: epochs, learning_rate, layer_decay, patience, lora, ...
