@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from interfuse.inference.predict import predict as predict
     from interfuse.mixture import moe as moe
     from interfuse.models import load_model as load_model
+    from interfuse.modules.cross_stitch import CrossStitch as CrossStitch
     from interfuse.modules.fused import ModelFusion as ModelFusion
     from interfuse.pipeline import load_run as load_run
     from interfuse.pipeline import run as run
@@ -60,6 +61,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "CheckpointError": "errors",
+    "CrossStitch": "modules.cross_stitch",
     "DataError": "errors",
     "Ensemble": "ensemble.network",
     "InterfuseError": "errors",

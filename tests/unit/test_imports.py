@@ -66,6 +66,7 @@ HEAVY = ("torch", "lightning", "torchmetrics", "transformers", "datasets", "matp
 
 PUBLIC = [
     "CheckpointError",
+    "CrossStitch",
     "DataError",
     "Ensemble",
     "InterfuseError",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import interfuse as itf
 from interfuse.errors import DataError, ModelError, OptionError
-from interfuse.inference.least_squares import Moments
+from interfuse.modules.least_squares import Moments
 from interfuse.modules.places import join
 from interfuse.modules.stitched import passed_over
 

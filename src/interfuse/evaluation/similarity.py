@@ -28,9 +28,9 @@ from torch.utils.data import TensorDataset
 from interfuse.errors import DataError, ModelError, OptionError, Problem, UserError, nearest
 from interfuse.extras import require
 from interfuse.inference.batches import batches, first, in_order, length
-from interfuse.inference.least_squares import Moments
 from interfuse.modules.inputs import batch_size as size_of
 from interfuse.modules.inputs import call, inputs_by_model, move, split_batch
+from interfuse.modules.least_squares import Moments
 from interfuse.modules.places import join, layout_of
 from interfuse.modules.taps import quiet, tensor_of
 from interfuse.progress import track

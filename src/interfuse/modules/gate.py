@@ -26,7 +26,7 @@ from interfuse.errors import OptionError, Problem
 from interfuse.modules.branches import Features, Fused, Present, Share, branches, by_token, project, shares
 from interfuse.registry import register
 
-TopK = Annotated[int, Field(ge=1, description="How many models count in each example, the most open ones. Default: all.")]
+TopK = Annotated[int | None, Field(ge=1, description="How many models count in each example, the most open ones; null is all.")]
 Balance = Annotated[float, Field(ge=0, description="With top_k: how much of the load-balance loss is added in training.")]
 
 
@@ -41,7 +41,7 @@ class Gate(nn.Module):
     auxiliary_loss: Tensor | None = None
 
     def __init__(
-        self, widths: Sequence[int], dim: int, *, dropout: Share = 0.0, top_k: TopK | None = None, balance: Balance = 0.0
+        self, widths: Sequence[int], dim: int, *, dropout: Share = 0.0, top_k: TopK = None, balance: Balance = 0.0
     ) -> None:
         super().__init__()
         if balance and top_k is None:

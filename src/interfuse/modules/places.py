@@ -38,7 +38,7 @@ class Layout:
     def put_back(self, tensor: Tensor) -> Tensor:
         """(batch, places ..., width) -> the network's own order."""
         if self.axes.channels_first:
-            tensor = tensor.movedim(-1, 1)
+            tensor = tensor.movedim(-1, 1).contiguous()  # the order that convolutions are fast in, and round the same
         return tensor.transpose(0, 1) if self.axes.batch_second else tensor
 
 

@@ -124,16 +124,11 @@ class Stitched(Composite):
     def _rest(self, inputs: Any, features: Tensor) -> Any:
         """b's own pass with `features` at its place. The first pass for inputs of a shape runs what later ones pass over."""
         b, place = self.backbones[1], self.at[1]
-        shapes = tuple((path, tuple(t.shape), t.dtype) for path, t in tensors_of(inputs))
+        shapes = shapes_of(inputs)
         known = self._blanks.get(shapes)
         if known is None:
             return self._first(inputs, features, shapes)
-        functions = {path: _giving(blank, features.device) for path, blank in known.items() if path != place}
-        if place in known:
-            functions[place] = lambda *_, **__: _filled(known[place], features.device, features)
-            with standing_in(b, functions):
-                return call(b, inputs, "b")
-        with standing_in(b, functions), putting(b, place, features):
+        with from_place_on(b, place, features, known):
             return call(b, inputs, "b")
 
     def _first(self, inputs: Any, features: Tensor, shapes: Any) -> Any:
@@ -141,10 +136,7 @@ class Stitched(Composite):
         seen: dict[str, Any] = {}
         with watching(b, (*self.before, place), seen), putting(b, place, features):
             output = call(b, inputs, "b")
-        blanks = {path: _blank(value) for path, value in seen.items()}
-        if _others(seen[place]):
-            blanks[place] = None
-        self._blanks[shapes] = {path: blank for path, blank in blanks.items() if blank is not None}
+        self._blanks[shapes] = blanks_of(seen)
         return output
 
 
@@ -201,13 +193,40 @@ def standing_in(model: nn.Module, functions: Mapping[str, Callable[..., Any]]) -
                 vars(module).pop("forward", None)
 
 
+def shapes_of(inputs: Any) -> tuple[Any, ...]:
+    """What blanks are remembered by: every tensor of the inputs, with its shape and type."""
+    return tuple((path, tuple(t.shape), t.dtype) for path, t in tensors_of(inputs))
+
+
+def blanks_of(seen: Mapping[str, Any]) -> dict[str, Blank]:
+    """The forms of what modules gave, by path, of those that hold nothing but tensors."""
+    return {path: blank for path, value in seen.items() if (blank := _blank(value)) is not None}
+
+
+@contextmanager
+def from_place_on(model: nn.Module, path: str, features: Tensor, blanks: Mapping[str, Blank]) -> Iterator[None]:
+    """The model run with `features` at the module at `path`, and without the modules that there are blanks of.
+
+    The module at `path` runs too, only where it gives tensors beside its features.
+    """
+    functions = {name: _giving(blank, features.device) for name, blank in blanks.items() if name != path}
+    form = blanks.get(path)
+    if form is not None and _one(form):
+        functions[path] = lambda *_, **__: _filled(form, features.device, features)
+        with standing_in(model, functions):
+            yield
+    else:
+        with standing_in(model, functions), putting(model, path, features):
+            yield
+
+
 def passed_over(model: nn.Module, path: str, inputs: Any) -> tuple[str, ...]:
     """The modules that run before the one at `path` and matter to what comes after it through its output alone.
 
     Found by trial, in evaluation mode: with NaN in place of all that they give, and the module's own features at its place,
     the network must predict the same bits. Of modules within one another the outermost; only those that run once.
     """
-    candidates = _earlier(model, path, inputs)
+    candidates = earlier(model, path, inputs)
     seen: dict[str, Any] = {}
     with quiet(model), watching(model, (*candidates, path), seen):
         expected = prediction(call(model, inputs, "b"), "b")
@@ -228,7 +247,7 @@ def passed_over(model: nn.Module, path: str, inputs: Any) -> tuple[str, ...]:
     return tuple(alone) if same(alone) else ()
 
 
-def _earlier(model: nn.Module, path: str, inputs: Any) -> list[str]:
+def earlier(model: nn.Module, path: str, inputs: Any) -> list[str]:
     """The outermost modules that ran once, and were done before the module at `path` began."""
     modules = {name: module for name, module in model.named_modules() if name}
     target = module_at(model, path)
@@ -287,6 +306,8 @@ def _giving(blank: Blank, device: torch.device, fill: float = 0.0) -> Callable[.
     return lambda *_, **__: _filled(blank, device, None, fill)
 
 
-def _others(value: Any) -> bool:
-    """Whether a module gives tensors beside its features, which only it can compute."""
-    return len(tensors_of(value)) > 1
+def _one(blank: Blank) -> bool:
+    """Whether a form holds its features alone, which come first."""
+    if isinstance(blank, list):
+        return _one(blank[1]) and all(part == ("none",) for part in blank[2:])
+    return bool(blank != ("none",))

@@ -20,11 +20,11 @@ from torch.utils.data import TensorDataset
 from interfuse.errors import DataError, ModelError, OptionError, Problem, UserError
 from interfuse.evaluation.metrics import AnyMetric, find_metric, score
 from interfuse.inference.batches import batches, first, in_order, length
-from interfuse.inference.least_squares import Moments
 from interfuse.inference.predict import predict
 from interfuse.models import load_model
 from interfuse.modules.inputs import batch_size as size_of
 from interfuse.modules.inputs import inputs_by_model, move, split_batch
+from interfuse.modules.least_squares import Moments
 from interfuse.modules.places import Layout, join, layout_of
 from interfuse.modules.stitched import Stitched, StitchRecord, passed_over, put_into
 from interfuse.modules.taps import Tap, find_tap, module_at, quiet, read, tensor_of, token_mask
