@@ -16,7 +16,8 @@ import typer
 
 from interfuse.cli import app
 from interfuse.evaluation.metrics import metric_names
-from interfuse.recipe.schema import SECTIONS, Recipe, Section
+from interfuse.recipe.schema import SECTIONS, Recipe
+from interfuse.recipe.sections import Section
 from interfuse.registry import methods
 from interfuse.report.methods import LEVELS, allowed, described
 from interfuse.training.fit import fit

@@ -97,7 +97,7 @@ def run(
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in full.", metavar="NAME")] = None,
-    level: Annotated[str | None, typer.Option(help="Only this level: weights, features or outputs.")] = None,
+    level: Annotated[str | None, typer.Option(help="Only this level: weights, layers, features or outputs.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the methods; with NAME, one in full: what it does and needs, options with defaults and ranges, paper."""
@@ -206,6 +206,23 @@ def moe(
     with _clean(as_json):
         made = make(recipe, out, overwrite=overwrite, seed=seed, threads=threads, device=device, dry_run=dry_run)
     typer.echo(_document(made.to_dict()) if as_json else made.text())
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Argument(help="An output folder of a run.", metavar="OUT")],
+    file: Annotated[Path, typer.Argument(help="What to write: FILE.onnx, or FILE.pt2 for torch.export.", metavar="FILE")],
+    data: Annotated[str | None, typer.Option(help="Examples of the inputs. Left out: the data of the folder's recipe.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+    trust_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a folder's network as one file that runs without its code, and check that it computes the same."""
+    from interfuse.pipeline.exported import export_run
+
+    with _clean(as_json):
+        record = export_run(out, file, data=data, trust_code=trust_code, overwrite=overwrite)
+    typer.echo(_document(record.to_dict()) if as_json else str(record))
 
 
 @app.command()

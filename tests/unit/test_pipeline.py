@@ -274,6 +274,23 @@ def test_what_is_wrong_with_layers_is_said_at_once(work: Path) -> None:
     assert "target" in {p.path for p in raised.value.problems}
 
 
+def test_a_run_is_exported_on_its_own_data(work: Path) -> None:
+    from interfuse.pipeline.exported import export_run
+
+    run(fusion(), "out", trust_code=True, progress=False)
+    record = export_run("out", "net.pt2", trust_code=True)
+    x = load_data("test.npz").loader(48)
+    inputs = next(iter(x))[0]
+    expected = load_run("out", trust_code=True)(inputs)
+    assert torch.allclose(torch.export.load(record.path).module()(inputs), expected, atol=1e-4)
+    checkpoints(work, "a", "b")
+    run({"merge_method": "linear", "models": ["a", "b"]}, "merged", progress=False)
+    with pytest.raises(OptionError, match="without data"):
+        export_run("merged", "merged.pt2")
+    with pytest.raises(OptionError, match=r"holds no recipe\.yaml"):
+        export_run("a", "a.pt2")
+
+
 def test_outputs_are_models_of_further_recipes(work: Path) -> None:
     single = {"models": [net("mlp")], "data": {"train": "train.npz", "validation": 0.25}, "training": {"epochs": 1}}
     run(single, "one", trust_code=True, progress=False)

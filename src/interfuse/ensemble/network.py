@@ -165,7 +165,8 @@ class Ensemble(Composite):
         """The outputs that are there, over all classes, or a `ModelError` with those that don't fit."""
         there = {k: output for k, output in enumerate(outputs) if output is not None}
         if self.spaces is None:
-            if len({output.shape for output in there.values()}) > 1:
+            first = next(iter(there.values()))
+            if any(output.shape != first.shape for output in there.values()):
                 found = ", ".join(f"{self.names[k]} {tuple(output.shape)}" for k, output in there.items())
                 allowed = "networks with the same classes, or their names in `classes`"
                 raise ModelError(Problem("models", f"predictions of different shapes: {found}", allowed))

@@ -14,7 +14,8 @@ from interfuse.errors import Problem, RecipeError, nearest
 from interfuse.mixture.layouts import LAYOUTS, layouts_named
 from interfuse.recipe.load import parse_recipes
 from interfuse.recipe.references import Reference
-from interfuse.recipe.schema import ModelRef, Section
+from interfuse.recipe.schema import ModelRef
+from interfuse.recipe.sections import Section
 from interfuse.registry import problems_of
 
 #: Modes that read prompts, and those that draw numbers.

@@ -134,8 +134,8 @@ def in_one_row(parts: Sequence[Tensor], there: Sequence[Tensor]) -> tuple[Tensor
     """All models' tokens in one row: (batch, n, dim), their mask (batch, n), and whose each is, one-hot (n, models)."""
     parts = [p if p.ndim == 3 else p.unsqueeze(1) for p in parts]
     there = [t if t.ndim == 2 else t.unsqueeze(1) for t in there]
-    counts = torch.tensor([p.shape[1] for p in parts], device=parts[0].device)
-    owner = torch.repeat_interleave(torch.eye(len(parts), device=parts[0].device, dtype=parts[0].dtype), counts, dim=0)
+    rows = torch.eye(len(parts), device=parts[0].device, dtype=parts[0].dtype)
+    owner = torch.cat([row.expand(p.shape[1], -1) for row, p in zip(rows, parts, strict=True)])
     return torch.cat(parts, dim=1), torch.cat(there, dim=1), owner
 
 

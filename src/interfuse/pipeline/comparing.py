@@ -17,7 +17,8 @@ from interfuse.pipeline.finished import description, load_network, load_run
 from interfuse.pipeline.record import DESCRIPTION, RECIPE
 from interfuse.recipe import Recipe, load_recipe
 from interfuse.recipe.check import names_of, source_problems
-from interfuse.recipe.schema import DataSection, ModelEntry
+from interfuse.recipe.schema import ModelEntry
+from interfuse.recipe.sections import DataSection
 
 if TYPE_CHECKING:
     from torch import nn

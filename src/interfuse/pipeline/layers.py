@@ -11,7 +11,7 @@ from torch import nn
 from interfuse.data import Data
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import names_of, options_of
-from interfuse.recipe.schema import Stage as Written
+from interfuse.recipe.sections import Stage as Written
 from interfuse.transfer.stages import Stage, Stages, StagesRecord
 from interfuse.transfer.transplant import transplant
 

@@ -30,7 +30,8 @@ from interfuse.pipeline.layers import put_layers
 from interfuse.pipeline.trial import try_networks
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import experts_of, names_of, options_of, weights_of
-from interfuse.recipe.schema import DataSection, ModelEntry
+from interfuse.recipe.schema import ModelEntry
+from interfuse.recipe.sections import DataSection
 from interfuse.saving import write_model
 from interfuse.training.fit import fit
 from interfuse.training.parameters import heads

@@ -19,7 +19,8 @@ from pydantic import ValidationError
 from interfuse.errors import Problem, RecipeError, nearest
 from interfuse.recipe.chain import UNREADABLE, absolute, chain_problems
 from interfuse.recipe.check import form_problems, run_problems
-from interfuse.recipe.schema import SECTIONS, Recipe, Section
+from interfuse.recipe.schema import SECTIONS, Recipe
+from interfuse.recipe.sections import Section
 from interfuse.recipe.values import plain
 from interfuse.registry import rule
 
