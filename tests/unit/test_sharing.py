@@ -209,6 +209,34 @@ def test_named_children_are_blocks_too() -> None:
     assert share_trunk(nets, 4).blocks.names == ("0", "1", "2", "3")  # the last is the head
 
 
+class Late(Net):
+    """A stem that is registered behind the blocks, of which a part is used without a call."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.table = self.stem
+        del self.stem
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.table(x) + self.table.bias
+        for block in self.blocks:
+            x, _ = block(x, scale=0.5)
+        return self.head(self.norm(x))
+
+
+def test_what_is_registered_behind_the_blocks_is_named() -> None:
+    torch.manual_seed(0)
+    nets: dict[str, nn.Module] = {name: Late().eval() for name in "ab"}
+    x = torch.randn(5, 4)
+    shared = share_trunk(nets, 2, also=["table"])
+    assert all(torch.equal(shared(x)[name], shared(x, name)) for name in nets)
+    assert len(shared.trunk) == 3
+    apart = share_trunk(nets, 2)
+    assert not torch.equal(apart(x)["b"], apart(x, "b"))
+    with pytest.raises(itf.OptionError, match=r"also: a has no 'tabel'; did you mean 'table'(.|\n)*also: b has no"):
+        share_trunk(nets, 2, also=["tabel"])
+
+
 def test_batch_statistics_can_be_estimated_anew() -> None:
     shared = share_trunk(experts(), 2)
     assert itf.reset_statistics(shared, [torch.randn(16, 4)]) == 3 * 1 + 2

@@ -10,7 +10,7 @@ own, the better it knows its task and the more it costs (the layers that tasks s
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ def share_trunk(
     base: nn.Module | None = None,
     method: str = "linear",
     blocks: str | None = None,
+    also: Sequence[str] = (),
     **options: Any,
 ) -> SharedTrunk:
     """Networks of one architecture, fine-tuned to several tasks, as one network with a shared trunk.
@@ -38,6 +39,7 @@ def share_trunk(
     depth: how many blocks are shared, from 0 to all, or the path of the last one (`encoder.layer.5`, `layer2`). What comes
         before the first block (embeddings, a stem) is shared with it.
     blocks: the path of the module whose children are the blocks; left out, the longest list of blocks that all have.
+    also: paths of modules that are used in the trunk and registered behind it (DeBERTa's `rel_embeddings`).
     base, method, options: how the trunk's parameters and buffers are merged, as for `interfuse.merge`; depth is counted
         within the trunk there.
 
@@ -45,7 +47,8 @@ def share_trunk(
     """
     _check(experts, base)
     found, number = _place(experts, depth, blocks)
-    trunk = trunk_of(next(iter(experts.values())), found, number)
+    _check_also(experts, also)
+    trunk = trunk_of(next(iter(experts.values())), found, number, also)
     values = _merged(experts, trunk, base, method, options)
     return SharedTrunk(experts, trunk, values, depth=number, blocks=found)
 
@@ -209,6 +212,17 @@ def _check(experts: Any, base: Any) -> None:
         if not isinstance(value, nn.Module)
     ]
     problems += [Problem("experts", f"got {name!r} for a task", "a text") for name in experts if not isinstance(name, str)]
+    if problems:
+        raise OptionError(*problems)
+
+
+def _check_also(experts: Mapping[str, nn.Module], also: Sequence[str]) -> None:
+    if isinstance(also, str):
+        raise OptionError(Problem("also", f"got {also!r}", "a list of paths"))
+    problems = []
+    for task, expert in experts.items():
+        known = [path for path, _ in expert.named_modules() if path]
+        problems += [Problem("also", f"{task} has no {path!r}", nearest(path, known)) for path in also if path not in known]
     if problems:
         raise OptionError(*problems)
 

@@ -2,12 +2,12 @@
 
 Blocks are the children of one module, in order: a stack of transformer layers, the parts of a Sequential. What comes before
 them is what is registered before them, at each level from the network down to the stack, unless its names put it behind the
-layers (`checkpoints.layers`). The flow of data isn't traced: a network whose stem is registered behind its blocks keeps that.
+layers (`checkpoints.layers`). The flow of data isn't traced: what is used before the blocks but registered after is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -109,12 +109,12 @@ def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def trunk_of(network: nn.Module, blocks: Blocks, depth: int) -> Trunk:
-    """The first `depth` blocks of a network with what comes before them; nothing for 0."""
+def trunk_of(network: nn.Module, blocks: Blocks, depth: int, also: Sequence[str] = ()) -> Trunk:
+    """The first `depth` blocks of a network with what comes before them, and the modules `also`; nothing for 0."""
     if depth == 0:
         return Trunk((), ())
     places = find_layers(name for name, _ in network.named_parameters(remove_duplicate=False)).places
-    modules: list[str] = []
+    modules: list[str] = [found for path in also for found in _called(network.get_submodule(path), path, None)]
     parameters: list[str] = []
     path, holder = "", network
     for part in blocks.path.split(".") if blocks.path else ():
