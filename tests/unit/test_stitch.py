@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -315,3 +316,10 @@ def test_wrong_input_is_said_all_at_once(images: Tensor) -> None:
 def test_networks_may_have_inputs_of_their_own(images: Tensor) -> None:
     stitched = stitch(mlp(4), mlp(5), ("2", "2"), [{"a": images, "b": images}])
     torch.testing.assert_close(stitched({"a": images, "b": images * 0}), stitched(images))
+
+
+def test_a_stitch_is_saved_and_loaded_into_one_made_anew(images: Tensor, tmp_path: Path) -> None:
+    stitched = stitch(cnn(4), mlp(7), ("2", "2"), images)
+    itf.save(stitched, tmp_path / "out")
+    again = itf.load(tmp_path / "out", stitch(cnn(4, seed=5), mlp(7, seed=6), ("2", "2"), images))
+    assert torch.equal(again(images), stitched(images))
