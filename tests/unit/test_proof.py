@@ -68,8 +68,15 @@ def test_an_output_that_is_as_a_parent_is_loads_as_that_does(tmp_path: Path) -> 
 
 def test_an_output_that_wouldn_t_load_isn_t_written(llama: Path, tmp_path: Path) -> None:
     recipe: dict[str, Any] = {"merge_method": "linear", "models": [{"model": str(llama), "parameters": {"weight": 1}}]}
-    with pytest.raises(CheckpointError, match=r"finds missing tensors in it: model\.norm\.weight; check the recipe"):
-        run(recipe | {"drop": ["model.norm.weight"]}, tmp_path / "out", progress=False)
+    slip = recipe | {"drop": ["rotary_emb", "model.norm.weight"]}
+    with pytest.raises(CheckpointError, match=r"^drop\[0\]: 'rotary_emb' matches no tensor"):
+        run(slip, tmp_path / "out", progress=False)
+    for dry in (True, False):
+        with pytest.raises(
+            CheckpointError, match=r"^drop\[0\]: .* finds missing tensors in it: model\.norm\.weight; check the"
+        ) as caught:
+            run(recipe | {"drop": ["model.norm.weight"]}, tmp_path / "out", dry_run=dry, progress=False)
+        assert len(caught.value.problems) == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,7 +12,9 @@ from interfuse.engine.chain import Planned, plan_recipes
 from interfuse.engine.estimate import estimate, room_for
 from interfuse.engine.opening import open_references, wanted
 from interfuse.engine.output.finished import finished
-from interfuse.errors import Problem, UserError
+from interfuse.engine.output.folder import files_beside
+from interfuse.engine.output.proof import proof
+from interfuse.errors import CheckpointError, Problem, UserError
 from interfuse.pipeline.record import DESCRIPTION, RunRecord, hash_data, restored
 from interfuse.plan import plan_merge, uncollected
 from interfuse.recipe import Recipe
@@ -20,7 +22,7 @@ from interfuse.recipe.chain import UNREADABLE
 from interfuse.recipe.check import method_of, names_of, options_of
 from interfuse.recipe.pieces import places, references
 from interfuse.recipe.references import Reference
-from interfuse.recipe.values import pattern_problems
+from interfuse.recipe.values import matcher, pattern_problems
 from interfuse.report.outline import outline
 
 
@@ -30,6 +32,8 @@ def planned(chain: Sequence[Recipe], out: str | Path, *, compat: bool, overwrite
     stages: list[Planned] = []
     try:
         stages = plan_recipes(chain, compat=compat, scratch=Path(out).resolve().parent)
+        if stages and chain[-1].drop:
+            _check_dropped(chain[-1].drop, stages[-1])
     except UserError as error:
         errors.append(error)
     try:
@@ -41,6 +45,19 @@ def planned(chain: Sequence[Recipe], out: str | Path, *, compat: bool, overwrite
 
         raise together(errors)
     return stages
+
+
+def _check_dropped(patterns: Sequence[str], stage: Planned) -> None:
+    """That what is left loads where the model it follows does, which takes seconds; else an error that names the patterns."""
+    _, plan, sources = stage
+    lead = sources[plan.lead]
+    try:
+        with proof(plan.specs, lead, files_beside(plan, sources)[0], sources) as loading:
+            loading.finish()
+    except CheckpointError as error:
+        gone = [name for name in lead.specs if name not in plan.specs]
+        at_fault = " and ".join(f"drop[{i}]" for i, pattern in enumerate(patterns) if any(map(matcher(pattern), gone)))
+        raise CheckpointError(*(Problem(at_fault or p.path, p.wrong, p.allowed) for p in error.problems)) from None
 
 
 def finished_before(chain: Sequence[Recipe], out: str | Path, *, compat: bool, nonfinite: bool) -> RunRecord | None:
