@@ -388,11 +388,12 @@ def test_a_head_that_an_adapter_unties_is_refused(zoo: Path, tmp_path: Path) -> 
     put(tmp_path / "base", tokenizer([COMMON] * 3, 280), 3, tied=True)
     rows = np.ones((281, WIDTH), np.float32)
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "modules_to_save": ["embed_tokens", "lm_head"]}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    keys = {"merge_method": "linear", "models": [f"{tmp_path / 'base'}+{tmp_path}"]}
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    keys = {"merge_method": "linear", "models": [f"{tmp_path / 'base'}+{tmp_path / 'lora'}"]}
     for factor, refused in ((1, False), (2, True)):
         both = {f"base_model.model.{EMBEDDING}": rows, f"base_model.model.{HEAD}": rows * np.float32(factor)}
-        save_file(both, tmp_path / "adapter_model.safetensors")
+        save_file(both, tmp_path / "lora" / "adapter_model.safetensors")
         if not refused:
             interfuse.run(keys, tmp_path / "out", progress=False)
             assert check_loads(tmp_path / "out").config.vocab_size == 281
