@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_processes_may_all_remove_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     removed: list[Path] = []
     remove = shutil.rmtree
 
-    def twice(path: Path, **options: bool) -> None:
+    def twice(path: Path, **options: Any) -> None:
         removed.append(path)
         remove(path)
         remove(path, **options)

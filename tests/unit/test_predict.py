@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from interfuse.data import Data
+from interfuse.ensemble.network import Ensemble
 from interfuse.errors import DataError
 from interfuse.inference.predict import predict
-from interfuse.ensemble.network import Ensemble
 from interfuse.modules.fused import ModelFusion
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from interfuse.errors import ModelError
 from interfuse.ensemble.network import Ensemble
+from interfuse.errors import ModelError
 from interfuse.modules.fused import ModelFusion
 from interfuse.modules.taps import Tap, features, find_tap, module_at, quiet, read
 

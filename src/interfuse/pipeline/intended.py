@@ -19,7 +19,7 @@ from interfuse.pipeline.record import DESCRIPTION, RunRecord, hash_data, restore
 from interfuse.plan import plan_merge, uncollected
 from interfuse.recipe import Recipe
 from interfuse.recipe.chain import UNREADABLE
-from interfuse.recipe.check import method_of, names_of, options_of
+from interfuse.recipe.check import chooses, method_of, names_of, options_of
 from interfuse.recipe.pieces import places, references
 from interfuse.recipe.references import Reference
 from interfuse.recipe.values import matcher, pattern_problems
@@ -90,7 +90,7 @@ def models_problems(recipe: Recipe, found: Sequence[Problem], known: Sequence[st
     from interfuse.engine.wording import source_problems
 
     at_fault = [problem.path for problem in found]
-    sound = not any(path.startswith(_NUMBERS) or "parameters" in path for path in at_fault)
+    sound = not chooses(recipe) and not any(path.startswith(_NUMBERS) or "parameters" in path for path in at_fault)
     plain = recipe if sound else Recipe.model_validate(_without_numbers(recipe.model_dump(exclude_defaults=True)))
     where = places(plain)
     asked = not any(path.startswith(_WORDS) for path in at_fault)

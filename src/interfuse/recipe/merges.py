@@ -226,7 +226,7 @@ def _together(method: Method, piece: Piece) -> Iterator[Problem]:
             for s in merged]  # fmt: skip
     weights = tuple(row.pop("weight", 1.0) for row in rows)
     shared = {key: value for key, value in (rows[0] if rows else {}).items() if key not in method.each}
-    if not rows or any(type(w) not in (int, float) for w in weights) or not is_plain(shared):
+    if method.level != "weights" or not rows or any(type(w) not in (int, float) for w in weights) or not is_plain(shared):
         return
     try:
         options = method.check(shared)

@@ -44,7 +44,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor | float:
     for module in model.modules():
         if isinstance(left := getattr(module, "auxiliary_loss", None), Tensor):
             total = total + left
-            module.auxiliary_loss = None
+            module.auxiliary_loss = None  # type: ignore[assignment]  # torch's stubs know tensors and modules alone
     return total
 
 

@@ -31,7 +31,7 @@ def finished(
 
     The arguments are those of `merge_into`. Inputs and output are read whole, once.
     """
-    asked = {"kind": "merge", "recipes": list(recipes), "plan": plan.digest()}
+    asked: dict[str, Any] = {"kind": "merge", "recipes": list(recipes), "plan": plan.digest()}
     asked |= {"mergekit_compat": compat, "allow_nonfinite": allow_nonfinite}
     try:
         record: dict[str, Any] = json.loads((folder / "interfuse.json").read_text(encoding="utf-8"))
