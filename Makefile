@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-out
 BIN := $(VENV)/bin
+# A worker a core that this process may use (nproc would take OMP_NUM_THREADS for that number).
+WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo auto)
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test check clean
@@ -25,13 +28,13 @@ demo: $(VENV)/demo
 	$(BIN)/interfuse demo --out $(OUT) --overwrite
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 clean:
 	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache

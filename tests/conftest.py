@@ -1,10 +1,17 @@
-"""What every test has: a cache folder of its own, with kernels that are compiled once for all, and no hub."""
+"""What every test has: a cache folder of its own, with kernels that are compiled once for all, and no hub.
+
+The suite runs side by side (`make test` takes a worker a core), so torch and BLAS take one thread each, alone too: tests see
+the same machine however they are run.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch and numpy load, which is later; children inherit it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,7 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _alone(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep tests away from the user's cache and from the network."""
     cache: Path = tmp_path_factory.mktemp("cache")
-    kernels: Path = tmp_path_factory.getbasetemp() / "kernels"
+    base: Path = tmp_path_factory.getbasetemp()
+    kernels = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"  # a worker's is within the run's
     kernels.mkdir(exist_ok=True)
     (cache / "interfuse").mkdir()
     (cache / "interfuse" / "kernels").symlink_to(kernels)

@@ -145,7 +145,7 @@ def test_float32_is_as_good_as_its_rounding(method: Callable[..., np.ndarray], s
         (star, {"kept_share": 0.0}),
         (knots, {"density": (0.2,)}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_options_are_the_papers_parameters(method: Callable[..., np.ndarray], options: dict[str, Any]) -> None:
     deltas = made(3, 16, 12)
