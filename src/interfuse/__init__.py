@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from interfuse.evaluation.similarity import similarity as similarity
     from interfuse.evaluation.soup import greedy_soup as greedy_soup
     from interfuse.exporting import export as export
+    from interfuse.hub import push_to_hub as push_to_hub
     from interfuse.inference.predict import predict as predict
     from interfuse.mixture import moe as moe
     from interfuse.models import load_model as load_model
@@ -92,6 +93,7 @@ _HOME = {
     "merge": "engine.merge",
     "moe": "mixture",
     "predict": "inference.predict",
+    "push_to_hub": "hub",
     "register": "registry",
     "reset_statistics": "training.statistics",
     "run": "pipeline",

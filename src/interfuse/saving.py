@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
+from interfuse.checkpoints.remote.hub import fetched
 from interfuse.checkpoints.source import Checkpoint, open_checkpoint
 from interfuse.checkpoints.tensors import spec_of, to_array, to_tensor
 from interfuse.checkpoints.writer import TensorWriter, whole_folder
@@ -76,6 +77,9 @@ class _Fusion(_Network):
     taps: list[_Tap]
     widths: list[int]
     parents: list[bool]
+    inputs: list[str] | None = None
+    branch_dropout: float = 0.0
+    missing: Literal["token", "none"] = "none"
 
 
 _KINDS: dict[str, type[BaseModel]] = {
@@ -95,14 +99,23 @@ def save(
     backbones: "value" also stores the weights of frozen networks that were loaded from a path or hub id.
     Raises `CheckpointError` where the folder exists and isn't to be overwritten.
     """
-    references = [ref for ref in getattr(model, "references", ()) if ref is not None and backbones == "reference"]
-    with whole_folder(folder, overwrite=overwrite, inputs=[ref for ref in references if Path(ref).exists()]) as part:
+    with whole_folder(folder, overwrite=overwrite, inputs=folders_used(model) if backbones == "reference" else ()) as part:
         write_model(model, part, backbones=backbones)
     return Path(folder)
 
 
-def write_model(model: nn.Module, folder: Path, *, backbones: Literal["reference", "value"] = "reference") -> None:
-    """Write the files of `save` into a folder that exists."""
+def folders_used(model: nn.Module) -> list[str]:
+    """The folders on this machine that a model's members were loaded from."""
+    return [ref for ref in getattr(model, "references", ()) if ref is not None and Path(ref).exists()]
+
+
+def write_model(
+    model: nn.Module, folder: Path, *, backbones: Literal["reference", "value"] = "reference", elsewhere: bool = False
+) -> None:
+    """Write the files of `save` into a folder that exists.
+
+    elsewhere: the folder is for other machines, too: folders on this one are no references, and aren't named.
+    """
     if backbones not in ("reference", "value"):
         raise OptionError(Problem("backbones", f"got {backbones!r}", nearest(str(backbones), ["reference", "value"])))
     transformers = sys.modules.get("transformers")  # where it isn't loaded, the model isn't one of its
@@ -113,6 +126,8 @@ def write_model(model: nn.Module, folder: Path, *, backbones: Literal["reference
     description = _describe(model)
     by_reference = []
     for k, member in enumerate(description.get("members", [])):
+        if elsewhere and model.references[k] in folders_used(model):  # type: ignore[index, operator]
+            member["reference"] = None
         network: nn.Module = model.backbones[k]  # type: ignore[index, assignment]
         if backbones == "reference" and _can_be_had_again(network, member["reference"]):
             member |= {"stored": False, "xxh3": open_checkpoint(network).hash()}
@@ -155,6 +170,9 @@ def _describe(model: nn.Module) -> dict[str, Any]:
             "taps": [vars(tap) for tap in model.taps],
             "widths": list(model.widths),
             "parents": list(model.parents),
+            "inputs": list(model.inputs),
+            "branch_dropout": model.branch_dropout,
+            "missing": model.missing,
         }
     if isinstance(model, Ensemble):
         about = {"kind": "ensemble", "members": _members(model), "combine": model.combine, "classes": model.spaces}
@@ -208,6 +226,7 @@ def load(
 ) -> nn.Module:
     """Load what `save` wrote, in evaluation mode; every tensor has the bits that were saved.
 
+    folder: on this machine, or the hub id of one that was pushed, `owner/name` or `owner/name@revision`.
     models: freshly built networks for the members that were saved without their code, as a list in order, or a dict by
         name; for a single network, that network. They are filled and become part of the result.
     head: a freshly built head, where the fusion was given one as a module.
@@ -216,7 +235,7 @@ def load(
     Raises `CheckpointError` or `ModelError` naming every network that is missing or doesn't fit.
     """
     if not Path(folder).is_dir():
-        raise CheckpointError(Problem(str(folder), "no such folder", "one that save, merge or run wrote"))
+        folder = fetched(str(folder))
     about = _description(Path(folder) / DESCRIPTION)
     if about["kind"] in ("weights", "merge", "network"):
         return _single(Path(folder), about, models)
@@ -313,6 +332,9 @@ def _fusion(about: dict[str, Any], members: dict[str, nn.Module], head: nn.Modul
         freeze=about["freeze"],
         pool=about["pool"],
         residual=about["residual"],
+        inputs=about.get("inputs"),
+        branch_dropout=about.get("branch_dropout", 0.0),
+        missing=about.get("missing", "none"),
         copy=False,
         **about["options"],
     )

@@ -37,6 +37,7 @@ training
 transfer
 report
 saving
+hub
 exporting
 pipeline
 demo
@@ -97,6 +98,7 @@ PUBLIC = [
     "merge",
     "moe",
     "predict",
+    "push_to_hub",
     "register",
     "reset_statistics",
     "run",

@@ -1,29 +1,39 @@
 """How a network is called, and what it gives back: the one place that knows the shapes that inputs and outputs come in.
 
 Inputs are a tensor, a tuple of positional arguments, or a mapping of keyword arguments (a tokenizer's batch). A network
-made of networks (`Composite`) takes them as one value, and also a mapping from model name to that model's own inputs.
-This module doesn't pool features (`taps` does) or read data.
+made of networks (`Composite`) takes them as one value, and also a mapping from model name to that model's own inputs, with
+marks of which examples lack them (`Marked`). This module doesn't pool features (`taps` does) or read data.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from interfuse.errors import DataError, ModelError, Problem, nearest
+from interfuse.modules.pretrained import Pretrained
 
 #: Where a batch that is a mapping keeps its targets.
 TARGET_KEYS = ("labels", "label", "targets", "target")
+#: Where a batch that is a mapping says which examples have an input: {model name: booleans (batch,)}.
+PRESENT = "present"
 
 
-class Composite(nn.Module):
+class Composite(Pretrained):
     """A network made of networks: `forward(inputs)` takes the inputs as one value and hands each member its own."""
 
     names: tuple[str, ...]
+
+
+class Marked(NamedTuple):
+    """One model's inputs, of which some examples may hold nothing: `present` is (batch,), False where they don't count."""
+
+    inputs: Any
+    present: Tensor
 
 
 def call(model: nn.Module, inputs: Any, name: str = "model") -> Any:
@@ -74,26 +84,89 @@ def _keywords(model: nn.Module, inputs: Mapping[str, Any], name: str) -> dict[st
     return known
 
 
-def inputs_by_model(names: Sequence[str], inputs: Any) -> list[Any]:
+def inputs_by_model(names: Sequence[str], inputs: Any, reads: Sequence[str] = (), *, missing: bool = False) -> list[Any]:
     """Each model's own inputs, in the order of `names`: all of them get `inputs`, unless it maps names to inputs.
 
-    In such a mapping every model must be named; None says that this model's input is missing.
+    In such a mapping every model must be named; None says that this model's input is missing. `reads` are the names of what
+    each model reads, by which a mapping may also go. With `missing` a model that isn't named has no input, and one whose
+    input some examples lack, by the batch's `present`, gets it as `Marked`.
     """
-    if not isinstance(inputs, Mapping) or not any(key in names for key in inputs):
-        return [inputs] * len(names)
-    problems = [
-        Problem(f"inputs[{name!r}]", "missing", "give this model its inputs, or None where there are none")
-        for name in names
-        if name not in inputs
-    ]
-    problems += [
-        Problem(f"inputs[{key!r}]", "no model has this name", nearest(str(key), names)) for key in inputs if key not in names
-    ]
-    if problems:
-        raise ModelError(*problems)
-    if all(inputs[name] is None for name in names):
+    inputs, marks = _marks(inputs)
+    known = [name for name in dict.fromkeys((*names, *reads))]
+    if isinstance(inputs, Mapping) and any(key in known for key in inputs):
+        by = names if not reads or any(key in names for key in inputs) else reads
+        own = _named(by, inputs, missing=missing)
+    else:
+        own = [inputs] * len(names)
+    return own if marks is None else _marked(names, reads or names, own, marks, missing=missing)
+
+
+def _named(by: Sequence[str], inputs: Mapping[str, Any], *, missing: bool) -> list[Any]:
+    """A mapping's entries under these names."""
+    unknown = [
+        Problem(f"inputs[{key!r}]", "no model has this name", nearest(str(key), by)) for key in inputs if key not in by
+    ]  # fmt: skip
+    problems = []
+    if unknown or not missing:
+        problems = [
+            Problem(f"inputs[{name!r}]", "missing", "give this model its inputs, or None where there are none")
+            for name in dict.fromkeys(by)
+            if name not in inputs
+        ]
+    if problems + unknown:
+        raise ModelError(*problems, *unknown)
+    if all(inputs.get(name) is None for name in by):
         raise ModelError(Problem("inputs", "every model's input is None", "give at least one model its inputs"))
-    return [inputs[name] for name in names]
+    return [inputs.get(name) for name in by]
+
+
+def _marks(inputs: Any) -> tuple[Any, Mapping[str, Any] | None]:
+    """The inputs without their marks, and these."""
+    if not isinstance(inputs, Mapping) or not isinstance(inputs.get(PRESENT), Mapping):
+        return inputs, None
+    return {key: value for key, value in inputs.items() if key != PRESENT}, inputs[PRESENT]
+
+
+def _marked(
+    names: Sequence[str], reads: Sequence[str], own: list[Any], marks: Mapping[str, Any], *, missing: bool
+) -> list[Any]:  # fmt: skip
+    """Each model's inputs with its marks, by its own name or that of what it reads."""
+    known = [*names, *reads]
+    problems = [
+        Problem(f"inputs[{PRESENT!r}][{key!r}]", "no model has this name", nearest(str(key), known))
+        for key in marks
+        if key not in known
+    ]
+    found: list[Any] = []
+    for name, read, value in zip(names, reads, own, strict=True):
+        key = name if name in marks else read
+        if value is None or key not in marks:
+            found.append(value)
+            continue
+        there, count = torch.as_tensor(marks[key]), batch_size(value)
+        if there.dtype != torch.bool or there.shape != (count,):
+            wrong = f"got {there.dtype} of shape {tuple(there.shape)}".replace("torch.", "")
+            problems.append(Problem(f"inputs[{PRESENT!r}][{key!r}]", wrong, f"booleans ({count},), one an example"))
+        elif missing:
+            found.append(Marked(value, there))
+        elif there.all():
+            found.append(value)
+        else:
+            wrong = f"the input of {name} is missing in {int((~there).sum())} of {count} examples"
+            problems.append(Problem(f"inputs[{PRESENT!r}]", wrong, "a ModelFusion, which can do without; or whole examples"))
+    if problems:
+        raise ModelError(*dict.fromkeys(problems))
+    return found
+
+
+def lacks(model: nn.Module, inputs: Any) -> bool:
+    """Whether keyword inputs hold nothing that `model` knows by name: its input is missing from the batch."""
+    given = inputs.inputs if isinstance(inputs, Marked) else inputs
+    if not isinstance(given, Mapping) or isinstance(model, Composite):
+        return False
+    parameters = inspect.signature(model.forward).parameters.values()
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return bool(known) and all(given.get(name) is None for name in known)
 
 
 def prediction(output: Any, name: str = "model") -> Tensor:

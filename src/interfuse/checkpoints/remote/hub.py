@@ -21,6 +21,7 @@ from interfuse.extras import require
 _PATIENCE = 20.0  # seconds without an answer
 _AT_ONCE = 4
 _LOCAL = "give a folder or file on this machine"
+_AWAY = {"ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "TransportError", "Timeout", "TimeoutError"}
 _TOKEN = "set HF_TOKEN, or run `hf auth login`"
 
 
@@ -32,11 +33,7 @@ def is_hub_id(path: str, revision: str | None) -> bool:
 def hub_store(repo: str, revision: str | None) -> Store | Path:
     """The model's folder on the hub, or that in the cache where the hub can't be reached."""
     name = repo if revision is None else f"{repo}@{revision}"
-    try:
-        hub = require("huggingface_hub")
-    except MissingExtra:
-        wrong = "is no file or folder here, and a hub id takes huggingface_hub, which isn't installed"
-        raise CheckpointError(Problem(name, wrong, f"pip install 'interfuse[hub]', or {_LOCAL}")) from None
+    hub = _client(name)
     api = hub.HfApi()
     try:
         info = api.model_info(repo, revision=revision, files_metadata=True, timeout=_PATIENCE)
@@ -52,6 +49,33 @@ def hub_store(repo: str, revision: str | None) -> Store | Path:
     if first is not None and revision != info.sha:  # its name in the cache is what a run without a network looks for
         files.fetch(first, revision)
     return Store(name, f"{repo}@{info.sha}", folder, sizes, files.read, files.get)
+
+
+def fetched(ref: str, *, revision: str | None = None, **options: Any) -> Path:
+    """The folder in the hub's cache with the descriptions and the safetensors of a model that was saved there: no code.
+
+    ref: `owner/name` or `owner/name@revision`. options: `token`, `cache_dir`, `force_download` and `local_files_only`, as
+    the hub's client has them. Raises `CheckpointError` for what is no such id, or can't be fetched.
+    """
+    repo, _, at = ref.partition("@")
+    revision = revision or at or None
+    name = repo if revision is None else f"{repo}@{revision}"
+    if not is_hub_id(repo, revision):
+        raise CheckpointError(Problem(ref, "no such folder", "one that save, merge or run wrote, or a hub id"))
+    hub = _client(name)
+    try:
+        with _bars(True):
+            return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*.safetensors"], **options))
+    except Exception as error:  # what a hub's client raises is its own affair
+        raise CheckpointError(_problem(name, error)) from None
+
+
+def _client(name: str) -> ModuleType:
+    try:
+        return require("huggingface_hub")
+    except MissingExtra:
+        wrong = "is no file or folder here, and a hub id takes huggingface_hub, which isn't installed"
+        raise CheckpointError(Problem(name, wrong, f"pip install 'interfuse[hub]', or {_LOCAL}")) from None
 
 
 class _Files:
@@ -145,7 +169,7 @@ def _problem(name: str, error: Exception) -> Problem:
     if "HFValidationError" in kinds:
         return Problem(name, "is no file or folder here, and can't be a hub id", f"{_LOCAL}, or owner/name")
     reason = str(error).strip().partition("\n")[0][:200]
-    if code is None and kinds & {"ConnectionError", "OfflineModeIsEnabled", "TransportError", "Timeout", "TimeoutError"}:
+    if code is None and kinds & _AWAY:
         wrong = f"is no file or folder here, nor in the hub's cache, and the hub can't be reached ({reason})"
         return Problem(name, wrong, f"{_LOCAL}, or run again with a network")
     return Problem(name, f"can't be fetched from the hub ({type(error).__name__}: {reason})", f"{_LOCAL}, or try again later")

@@ -51,15 +51,17 @@ def write_card(
     quality: Sequence[str] = (),
     tags: Sequence[str] = (),
 ) -> None:
-    """Write the card. `recipe` is YAML, `quality` lines on the model's scores, `use` what `use_of(folder)` says if left out."""
+    """Write the card. `recipe` is YAML, or "" for none; `quality` lines on the model's scores, `use` is `use_of(folder)`'s if
+    left out.
+    """
     use = use_of(folder) if use is None else use
     parts = [
         f"---\n{yaml.safe_dump(_header(made, use.library, tags), sort_keys=False, allow_unicode=True)}---",
         f"# {title[:1].upper()}{title[1:]}",
-        f"Made by interfuse {__version__} from:",
+        f"Made by interfuse {__version__}{' from:' if made else '.'}",
         "\n".join(f"- {model.role}: `{model.name}`" if model.role else f"- `{model.name}`" for model in made),
         _quality(quality),
-        f"{_RECIPE}\n```yaml\n{recipe}```",
+        f"{_RECIPE}\n```yaml\n{recipe}```" if recipe else "",
         f"## Use\n\n```python\n{use.code}\n```",
         "\n".join(["## Sources", "", *(f"- {paper}" for paper in papers)]) if papers else "",
     ]
