@@ -332,10 +332,8 @@ def _fusion(about: dict[str, Any], members: dict[str, nn.Module], head: nn.Modul
         freeze=about["freeze"],
         pool=about["pool"],
         residual=about["residual"],
-        inputs=about.get("inputs"),
-        branch_dropout=about.get("branch_dropout", 0.0),
-        missing=about.get("missing", "none"),
         copy=False,
+        **{key: about[key] for key in ("inputs", "branch_dropout", "missing") if key in about},
         **about["options"],
     )
     model.make([Tap(**tap) for tap in about["taps"]], about["widths"], [model.classes if p else None for p in about["parents"]])

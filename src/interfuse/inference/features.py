@@ -25,7 +25,7 @@ from interfuse.checkpoints.tensors import spec_of, to_array
 from interfuse.checkpoints.writer import TensorWriter
 from interfuse.inference.batches import first, in_order, is_indexed, length
 from interfuse.modules.fused import ModelFusion, Reading
-from interfuse.modules.inputs import batch_size, inputs_by_model, move, split_batch
+from interfuse.modules.inputs import batch_size, move, split_batch
 from interfuse.modules.taps import quiet
 from interfuse.progress import track
 
@@ -152,7 +152,7 @@ def _survey(model: ModelFusion, data: Iterable[Any], progress: bool) -> tuple[li
         if target is not None:
             targets.append(target)
         previous: tuple[Any, bytes] | None = None
-        for name, digest, own in zip(model.names, digests, inputs_by_model(model.names, inputs), strict=True):
+        for name, digest, own in zip(model.names, digests, model.own_inputs(inputs), strict=True):
             if own is None:
                 raise _Uncachable(f"some inputs of {name} are missing")
             if previous is None or previous[0] is not own:  # networks mostly read the same inputs: hash them once
@@ -197,9 +197,11 @@ def _key(model: ModelFusion, k: int, data: str) -> str:
 def _read(model: ModelFusion, k: int, batch: Any) -> dict[str, Tensor]:
     """Network k's reading of one batch, what there is of it, on the CPU."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    inputs = inputs_by_model(model.names, split_batch(batch)[0])[k]
+    inputs = model.own_inputs(split_batch(batch)[0])[k]
     with quiet(model):
         reading = model.read(k, move(inputs, device))
+    if reading.features is None:
+        raise _Uncachable(f"some inputs of {model.names[k]} are missing")
     return {key: value.cpu() for key, value in reading._asdict().items() if value is not None}
 
 
@@ -240,7 +242,7 @@ def _write(
     digest, done = hashlib.sha256(), 0
     with TensorWriter(path, specs) as writer:
         for batch in track(in_order(data), f"features of {model.names[k]}", len(sizes), shown=progress):
-            digest.update(_content(inputs_by_model(model.names, split_batch(batch)[0])[k]))
+            digest.update(_content(model.own_inputs(split_batch(batch)[0])[k]))
             reading = _read(model, k, batch)
             if {key: v.shape[1:] for key, v in reading.items()} != {key: v.shape[1:] for key, v in example.items()}:
                 raise _Uncachable("the number of tokens differs between batches")

@@ -92,32 +92,30 @@ def inputs_by_model(names: Sequence[str], inputs: Any, reads: Sequence[str] = ()
     input some examples lack, by the batch's `present`, gets it as `Marked`.
     """
     inputs, marks = _marks(inputs)
-    known = [name for name in dict.fromkeys((*names, *reads))]
-    if isinstance(inputs, Mapping) and any(key in known for key in inputs):
-        by = names if not reads or any(key in names for key in inputs) else reads
-        own = _named(by, inputs, missing=missing)
+    reads = reads or names
+    if isinstance(inputs, Mapping) and any(key in (*names, *reads) for key in inputs):
+        own = _named(names, reads, inputs, missing=missing)
     else:
         own = [inputs] * len(names)
-    return own if marks is None else _marked(names, reads or names, own, marks, missing=missing)
+    return own if marks is None else _marked(names, reads, own, marks, missing=missing)
 
 
-def _named(by: Sequence[str], inputs: Mapping[str, Any], *, missing: bool) -> list[Any]:
-    """A mapping's entries under these names."""
+def _named(names: Sequence[str], reads: Sequence[str], inputs: Mapping[str, Any], *, missing: bool) -> list[Any]:
+    """Each model's entry in a mapping, by its own name, else by that of what it reads."""
+    known = list(dict.fromkeys((*names, *reads)))
+    keys = [name if name in inputs else read for name, read in zip(names, reads, strict=True)]
     unknown = [
-        Problem(f"inputs[{key!r}]", "no model has this name", nearest(str(key), by)) for key in inputs if key not in by
+        Problem(f"inputs[{key!r}]", "no model has this name", nearest(str(key), known)) for key in inputs if key not in known
     ]  # fmt: skip
-    problems = []
-    if unknown or not missing:
-        problems = [
-            Problem(f"inputs[{name!r}]", "missing", "give this model its inputs, or None where there are none")
-            for name in dict.fromkeys(by)
-            if name not in inputs
-        ]
-    if problems + unknown:
-        raise ModelError(*problems, *unknown)
-    if all(inputs.get(name) is None for name in by):
+    absent = [key for key in dict.fromkeys(keys) if key not in inputs] if unknown or not missing else []
+    allowed = "give this model its inputs, or None where there are none"
+    problems = [*(Problem(f"inputs[{key!r}]", "missing", allowed) for key in absent), *unknown]
+    if problems:
+        raise ModelError(*problems)
+    own = [inputs.get(key) for key in keys]
+    if all(value is None for value in own):
         raise ModelError(Problem("inputs", "every model's input is None", "give at least one model its inputs"))
-    return [inputs.get(name) for name in by]
+    return own
 
 
 def _marks(inputs: Any) -> tuple[Any, Mapping[str, Any] | None]:

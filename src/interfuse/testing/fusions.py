@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from interfuse.errors import ModelError
+from interfuse.modules.fused import ModelFusion
 from interfuse.registry import find
 
 BATCH, TOKENS, DIM = 5, 3, 8
@@ -186,6 +187,47 @@ def check_missing_tokens(name: str, claims: Claims) -> None:
     torch.testing.assert_close(weights[1:], fewer)
 
 
+def check_missing_inputs(name: str, claims: Claims) -> None:
+    """In a `ModelFusion` of networks with inputs of their own, one that is missing is never read, and its token learns."""
+    batch = {f"m{k}": f for k, f in enumerate(some_features())}
+    plain, tokens = _networks(name, claims), _networks(name, claims, missing="token")
+    for fusion in (plain, tokens):
+        assert torch.equal(fusion(batch), plain(batch)), "a token changes what all inputs give"
+        there = torch.arange(BATCH) % 2 == 0
+        marked = {**batch, "present": {"m1": there}}
+        expected = fusion(marked)
+        changed = batch["m1"].masked_fill(~there.unsqueeze(1), torch.nan)
+        assert torch.equal(fusion({**marked, "m1": changed}), expected), "an input that is missing matters"
+        _same_as_far(expected[there], fusion(batch)[there])
+        gone = {key: value for key, value in batch.items() if key != "m1"}
+        _same_as_far(expected[~there], fusion(gone)[~there])
+        assert torch.equal(fusion({**batch, "m1": None}), fusion(gone))
+    expected.square().sum().backward()
+    assert tokens.tokens is not None
+    learns = [token.grad is not None and bool(token.grad.abs().max() > 0) for token in tokens.tokens]
+    assert learns == [False, True, False], f"gradients reach the tokens {learns}, where one input is missing"
+    dropping = _networks(name, claims, branch_dropout=0.5)
+    assert torch.equal(dropping(batch), plain(batch)), "branch dropout is at work in evaluation"
+    dropping.train()
+    assert dropping.tokens is not None
+    torch.stack([dropping(batch).square().sum() for _ in range(8)]).sum().backward()
+    assert all(token.grad is not None and token.grad.abs().max() > 0 for token in dropping.tokens), "nothing is dropped"
+
+
+def _networks(name: str, claims: Claims, **options: Any) -> ModelFusion:
+    """A fusion of networks m0, m1, m2, each with an input as wide as its features, and no parameter at a special value."""
+    torch.manual_seed(0)
+    networks = {f"m{k}": nn.Sequential(nn.Linear(w, w), nn.Tanh(), nn.Linear(w, 3)) for k, w in enumerate(WIDTHS)}
+    example = {f"m{k}": f for k, f in enumerate(some_features())}
+    module = ModelFusion(networks, name, DIM, 3, example=example, **claims.options, **options)
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for label, parameter in module.named_parameters():
+            if not label.startswith("tokens"):
+                parameter.add_(torch.randn(parameter.shape, generator=random) * 0.3)
+    return module.eval()
+
+
 def check_modes(name: str, claims: Claims) -> None:
     """Evaluation gives the same each time; dropout, where the method has it, is at work in training alone."""
     module, features = make_fusion(name, claims), some_features()
@@ -280,6 +322,7 @@ FUSION_CHECKS: tuple[Check, ...] = (
     check_missing_model,
     check_missing_rows,
     check_missing_tokens,
+    check_missing_inputs,
     check_modes,
     check_half_precision,
     check_compile,

@@ -21,7 +21,7 @@ from interfuse.errors import OptionError, Problem
 from interfuse.extras import require
 from interfuse.modules.average import Weighted
 from interfuse.modules.fused import ModelFusion, Reading
-from interfuse.modules.inputs import inputs_by_model, split_batch
+from interfuse.modules.inputs import split_batch
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -132,7 +132,7 @@ class WeightSchedule:
             readings, targets = batch
         else:
             inputs, targets = split_batch(batch)
-            readings = [model.read(k, own) for k, own in enumerate(inputs_by_model(model.names, inputs))]
+            readings = [model.read(k, own) for k, own in enumerate(model.own_inputs(inputs))]
         for k in range(len(readings)):
             alone = [reading if k == j else Reading(None) for j, reading in enumerate(readings)]
             outputs = model.fuse(alone)
