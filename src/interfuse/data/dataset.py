@@ -1,7 +1,8 @@
-"""`Data`: one labelled data set in memory, from which whole batches are read at once.
+"""`Data`: one data set in memory, labelled or not, from which whole batches are read at once.
 
 It is a map-style PyTorch data set, so that anything that takes one takes it; its own `loader` is the fast way through.
-Targets are class numbers (int64, with the classes' names) or numbers to predict (float32). Reading files is `sources`'.
+Targets are class numbers (int64, with the classes' names), numbers to predict (float32), or none: batches are then inputs
+alone. Reading files is `sources`'.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ _SHOWN = 5  # faulty rows that an error lists
 class Batch(Sequence[Any]):
     """A batch that also reads as the sequence of its samples, so that any collate function can take it."""
 
-    def __init__(self, inputs: Any, targets: Tensor) -> None:
-        self.inputs, self.targets = inputs, targets
+    def __init__(self, inputs: Any, targets: Tensor | None, size: int) -> None:
+        self.inputs, self.targets, self.size = inputs, targets, size
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return self.size
 
     def __getitem__(self, i: Any) -> Any:
-        return _one(self.inputs, i), self.targets[i]
+        one = _one(self.inputs, i)
+        return (one,) if self.targets is None else (one, self.targets[i])
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
@@ -44,8 +46,8 @@ def _one(inputs: Any, i: int) -> Any:
     return inputs[i]
 
 
-def _whole(batch: Any) -> tuple[Any, Tensor]:
-    return batch.inputs, batch.targets
+def _whole(batch: Any) -> Any:
+    return batch.inputs if batch.targets is None else (batch.inputs, batch.targets)
 
 
 class Shuffled(Sampler[int]):
@@ -73,11 +75,11 @@ def order_of(data: Any, shuffle: bool, seed: int) -> Sampler[int]:
 
 
 class Data(Dataset[Any]):
-    """A labelled data set: `inputs` are an array, a tensor, texts, or a mapping of these (one for each model).
+    """A data set: `inputs` are an array, a tensor, texts, or a mapping of these (one for each model).
 
     Images as uint8 [n, height, width(, channels)] come as float32 [n, channels, height, width] in [0, 1], resized to
     `image_size` and normalised by `mean` and `std`. `targets` [n] are class numbers, names, or floats to predict; names
-    become numbers in the order of `classes` (left out: sorted). Raises `DataError`.
+    become numbers in the order of `classes` (left out: sorted). None: there are no labels. Raises `DataError`.
     """
 
     def __init__(
@@ -93,7 +95,10 @@ class Data(Dataset[Any]):
     ) -> None:
         self._path = path
         self._column = column_of(inputs, Look(image_size, mean, std), path)
-        self._targets, self.classes = _read_targets(targets, classes, path)
+        self.labelled = targets is not None
+        values = targets if self.labelled else np.zeros(len(self._column), np.int64)
+        self._targets, self.classes = _read_targets(values, classes, path)
+        self.classes = self.classes if self.labelled else None
         if len(self._column) != len(self._targets) or len(self._targets) == 0:
             wrong = f"{len(self._column)} inputs for {len(self._targets)} targets"
             raise DataError(Problem(path, wrong, "one target a sample, and at least one sample"))
@@ -101,7 +106,9 @@ class Data(Dataset[Any]):
 
     @property
     def targets(self) -> Tensor:
-        """All targets, [n]."""
+        """All targets, [n]; a `DataError` where there are none."""
+        if not self.labelled:
+            raise DataError(Problem(self._path, "has no labels", "data with labels"))
         return torch.from_numpy(self._targets[self._rows])
 
     @property
@@ -114,17 +121,18 @@ class Data(Dataset[Any]):
         return len(self._rows)
 
     def __getitem__(self, i: int) -> Any:
-        """One sample, (input, target)."""
+        """One sample, (input, target), or (input,) where there are no labels."""
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         rows = self._rows[np.asarray(indices, dtype=np.int64)]
-        return Batch(self._column.take(rows), torch.from_numpy(self._targets[rows]))
+        targets = torch.from_numpy(self._targets[rows]) if self.labelled else None
+        return Batch(self._column.take(rows), targets, len(rows))
 
     def loader(self, batch_size: int = 64, shuffle: bool = False, seed: int = 0) -> DataLoader[Any]:
-        """Batches (inputs, targets), the last one maybe smaller; shuffled anew in each pass, the same for one seed."""
+        """Batches (inputs, targets) or of inputs alone, the last maybe smaller; shuffled anew in each pass, by the seed."""
         return DataLoader(self, batch_size, sampler=order_of(self, shuffle, seed), collate_fn=_whole)
 
     def split(self, share: float, seed: int = 0) -> tuple[Data, Data]:
@@ -150,6 +158,18 @@ class Data(Dataset[Any]):
         """
         view = self._view(np.arange(len(self)))
         view._column = _tokenized(self._column, tokenizers, self._path)
+        return view
+
+    def named(self, classes: Sequence[str]) -> Data:
+        """The same data with class numbers in the order of `classes`, which hold every class that occurs, by name.
+
+        Where no class of the data has a name of its own (they are called by their numbers) and none is among `classes`,
+        numbers count these. Raises `DataError` with the classes that aren't among them, and where they are first seen.
+        """
+        if self.classes is None:
+            return self
+        view = self._view(np.arange(len(self)))
+        view._targets, view.classes = _renumbered(self._targets, self.classes, tuple(classes), self._path), tuple(classes)
         return view
 
     def _view(self, rows: np.ndarray) -> Data:
@@ -208,6 +228,24 @@ def _read_targets(targets: Any, classes: Sequence[str] | None, path: str) -> tup
         allowed = f"class numbers from 0 to {len(names) - 1}; values to predict are floats (13.0)"
         raise DataError(*(Problem(path, f"row {row + 1}: label {values[row]}", allowed) for row in wrong[:_SHOWN]))
     return numbers, names
+
+
+def _renumbered(numbers: np.ndarray, own: Sequence[str], classes: tuple[str, ...], path: str) -> np.ndarray:
+    """Class numbers by `own` names as those by `classes`."""
+    occur = [own[number] for number in np.unique(numbers).tolist()]
+    unnamed = own == tuple(map(str, range(len(own)))) and not any(name in classes for name in occur)
+    names = list(classes) if unnamed else list(own)
+    known = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+    problems = []
+    for number in np.unique(numbers).tolist():
+        name = names[number] if number < len(names) else str(number)
+        if name not in classes:
+            row = int(np.flatnonzero((numbers == number).reshape(len(numbers), -1).any(1))[0]) + 1
+            problems.append(Problem(path, f"row {row}: no model knows the class {name!r}", f"known: {known}"))
+    if problems:
+        raise DataError(*problems[:_SHOWN])
+    places = np.array([classes.index(name) if name in classes else -1 for name in names], dtype=np.int64)
+    return places[numbers]
 
 
 def _numbered(labels: np.ndarray, classes: Sequence[str] | None, path: str) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -41,9 +41,10 @@ def load_data(
     image_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    labels: bool = True,
     path: str | None = None,
 ) -> Data:
-    """The labelled data set that `source` names.
+    """The data set that `source` names.
 
     source: an npz or csv(.gz) file, a folder with one folder of images a class, a folder or hub id of `datasets`
         (`id:split`), `python:package.module:function` (needs `trust_code`), or what such a function returns: a `Data`, a
@@ -51,6 +52,7 @@ def load_data(
     classes: the classes' names in order, such as `train.classes` for the test data.
     input, target: the array or column to read (npz: x and y; csv: text, or all columns of numbers, and label, or the last
         column); `input` may map models' names to arrays or columns.
+    labels: False where there are none, or none are read: a folder then holds the images themselves.
     image_size, mean, std: see `Data`. path: what errors call the source, such as `data.train`.
 
     Raises `DataError`.
@@ -60,11 +62,11 @@ def load_data(
     if isinstance(source, str) and source.startswith(CODE):
         source = call_reference(source, trust_code=trust_code)
     if not isinstance(source, str | Path):
-        return _given(source, classes, look, where)
+        return _given(source, classes, look, where, labels)
     if Path(source).is_dir() and not _is_datasets(Path(source)):
-        return _images(Path(source), classes, look, where)
+        return _images(Path(source), classes, look, where, labels)
     read = _reader(str(source), where)
-    inputs, targets, named = read(str(source), input, target, look, where)
+    inputs, targets, named = read(str(source), input, target, look, where, labels)
     return Data(inputs, targets, classes=classes or named, image_size=image_size, mean=mean, std=std, path=where)
 
 
@@ -83,10 +85,12 @@ def _reader(source: str, where: str) -> Callable[..., tuple[Any, Any, Sequence[s
     return _datasets
 
 
-def _given(made: Any, classes: Sequence[str] | None, look: Look, where: str) -> Data:
+def _given(made: Any, classes: Sequence[str] | None, look: Look, where: str, labels: bool) -> Data:
     """What the user's function gave (or the caller passed) as `Data`."""
     if isinstance(made, Data):
         return made
+    if not labels:
+        return Data(_bare(made), None, image_size=look.size, mean=look.mean, std=look.std, path=where)
     if isinstance(made, TensorDataset) and len(made.tensors) == 2:
         made = tuple(made.tensors)
     if isinstance(made, tuple) and len(made) == 2:
@@ -106,6 +110,11 @@ def _given(made: Any, classes: Sequence[str] | None, look: Look, where: str) -> 
     return Data(
         inputs, targets, classes=classes, image_size=look.size, mean=look.mean, std=look.std, path=where
     )  # fmt: skip
+
+
+def _bare(made: Any) -> Any:
+    """Inputs without labels: of a data set, what its samples hold beside a target."""
+    return Items(made) if isinstance(made, Dataset) else made
 
 
 def _chosen(names: Sequence[str], input: Input, default: Callable[[], str], where: str) -> dict[str, str]:
@@ -128,7 +137,9 @@ def _unwrapped(columns: dict[str, Any]) -> Any:
 # --- npz ---
 
 
-def _npz(source: str, input: Input, target: str | None, look: Look, where: str) -> tuple[Any, Any, None]:
+def _npz(
+    source: str, input: Input, target: str | None, look: Look, where: str, labels: bool
+) -> tuple[Any, Any, None]:  # fmt: skip
     try:
         # opened here, because numpy leaves the file open where it turns out to be damaged
         with open(source, "rb") as file:
@@ -136,14 +147,16 @@ def _npz(source: str, input: Input, target: str | None, look: Look, where: str) 
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(Problem(where, f"{source} holds one bare array", "an npz with inputs x and targets y"))
             names = archive.files
-            label = _chosen(names, target or "y", lambda: "y", where)[""]
+            label = _chosen(names, target or "y", lambda: "y", where)[""] if labels else None
             wanted = _chosen(names, input, lambda: "x", where)
-            arrays = {name: _array(archive, name, where) for name in dict.fromkeys([label, *wanted.values()])}
+            read = dict.fromkeys([*([label] if label is not None else []), *wanted.values()])
+            arrays = {name: _array(archive, name, where) for name in read}
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(Problem(where, f"{source} can't be read ({error})", "an npz written by numpy.savez")) from None
-    return _unwrapped({key: arrays[name] for key, name in wanted.items()}), arrays[label], None
+    targets = None if label is None else arrays[label]
+    return _unwrapped({key: arrays[name] for key, name in wanted.items()}), targets, None
 
 
 def _array(archive: Any, name: str, where: str) -> np.ndarray:
@@ -160,20 +173,22 @@ def _array(archive: Any, name: str, where: str) -> np.ndarray:
 # --- csv ---
 
 
-def _csv(source: str, input: Input, target: str | None, look: Look, where: str) -> tuple[Any, Any, None]:
-    columns = _table(source, where)
+def _csv(
+    source: str, input: Input, target: str | None, look: Look, where: str, labels: bool
+) -> tuple[Any, Any, None]:  # fmt: skip
+    columns = _table(source, where, 2 if labels else 1)
     names = list(columns)
-    label = _chosen(names, target or ("label" if "label" in names else names[-1]), lambda: "", where)[""]
-    features = [name for name in names if name != label]
+    label = _chosen(names, target or ("label" if "label" in names else names[-1]), lambda: "", where)[""] if labels else None
+    features = [name for name in names if name not in (label, target or "label")]
     if input is not None:
         wanted = _chosen(names, input, lambda: "", where)
         inputs = _unwrapped({key: _numbers_or_texts(columns[name]) for key, name in wanted.items()})
     else:
         inputs = _default_input({name: _numbers_or_texts(columns[name]) for name in features}, where)
-    return inputs, _labels(columns[label], label, where), None
+    return inputs, None if label is None else _labels(columns[label], label, where), None
 
 
-def _table(source: str, where: str) -> dict[str, list[str]]:
+def _table(source: str, where: str, least: int) -> dict[str, list[str]]:
     """The file's columns as text, under the names of its first row."""
     opened: Any = gzip.open if source.endswith(".gz") else open
     try:
@@ -184,9 +199,9 @@ def _table(source: str, where: str) -> dict[str, list[str]]:
             Problem(where, f"{source} can't be read ({error})", "a csv file in UTF-8, its first row the names")
         ) from None
     rows = [row for row in rows if row]  # csv gives blank lines as empty rows
-    if not rows or len(dict.fromkeys(header)) < len(header) or len(header) < 2:
+    if not rows or len(dict.fromkeys(header)) < len(header) or len(header) < least:
         wrong = f"{source} has {len(rows)} rows under the names {header}"
-        raise DataError(Problem(where, wrong, "a first row of at least 2 different names, and then rows"))
+        raise DataError(Problem(where, wrong, f"a first row of at least {least} different names, and then rows"))
     ragged = [i for i, row in enumerate(rows) if len(row) != len(header)][:5]
     if ragged:
         raise DataError(
@@ -238,21 +253,22 @@ def _labels(column: list[str], name: str, where: str) -> np.ndarray:
 # --- images by class ---
 
 
-def _images(folder: Path, classes: Sequence[str] | None, look: Look, where: str) -> Data:
-    """One folder a class; hidden files and files without an image's suffix aren't samples."""
+def _images(folder: Path, classes: Sequence[str] | None, look: Look, where: str, labelled: bool) -> Data:
+    """One folder a class, without labels the folder itself; hidden files and those without an image's suffix don't count."""
+    parts = [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")] if labelled else [folder]
     found = {
         part.name: sorted(f for f in part.iterdir() if f.suffix.lower() in _IMAGES and not f.name.startswith("."))
-        for part in sorted(folder.iterdir())
-        if part.is_dir() and not part.name.startswith(".")
+        for part in parts
     }
     if not found or not any(found.values()):
         inside = sorted(part.name for part in folder.iterdir())[:5]
-        raise DataError(Problem(where, f"{folder} holds {inside}, no folders with images", _ALLOWED))
+        wanted = "folders with images" if labelled else "images"
+        raise DataError(Problem(where, f"{folder} holds {inside}, no {wanted}", _ALLOWED))
     empty = [name for name, files in found.items() if not files]
     if empty:
         raise DataError(*(Problem(where, f"{folder / name} holds no images", f"files ending in {_IMAGES}") for name in empty))
     files = [file for part in found.values() for file in part]
-    labels = np.array([name for name, part in found.items() for _ in part])
+    labels = np.array([name for name, part in found.items() for _ in part]) if labelled else None
     mode, size = _look_through(files, look, where)
     column: Any = ImageFiles(files, mode, look)
     look.check(1 if mode == "L" else 3, where)
@@ -293,12 +309,14 @@ def _is_datasets(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
-def _datasets(source: str, input: Input, target: str | None, look: Look, where: str) -> tuple[Any, Any, Sequence[str] | None]:
+def _datasets(
+    source: str, input: Input, target: str | None, look: Look, where: str, labels: bool
+) -> tuple[Any, Any, Sequence[str] | None]:
     table = _opened(source, where)
     names = table.column_names
     default = next((name for name in ("label", "labels") if name in names), names[-1])
-    label = _chosen(names, target or default, lambda: "", where)[""]
-    others = [name for name in names if name != label]
+    label = _chosen(names, target or default, lambda: "", where)[""] if labels else None
+    others = [name for name in names if name not in (label, target or "label")]
 
     def first() -> str:
         known = [name for name in ("text", "image", "x") if name in others]
@@ -308,6 +326,8 @@ def _datasets(source: str, input: Input, target: str | None, look: Look, where: 
 
     wanted = _chosen(names, input, first, where)
     inputs = _unwrapped({key: _values(table, name, look, where) for key, name in wanted.items()})
+    if label is None:
+        return inputs, None, None
     classes = getattr(table.features[label], "names", None)
     return inputs, np.asarray(list(table[label])), classes
 
