@@ -21,6 +21,7 @@ from interfuse.engine.output.card import NAME as CARD
 from interfuse.engine.output.card import Made, Use, add_quality, listed, write_card
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import names_of
+from interfuse.recipe.own_data import named
 from interfuse.report.plan import text
 
 RECIPE = "recipe.yaml"
@@ -84,6 +85,7 @@ class RunRecord:
         if self.form == "layers":
             return f"{self.method} from {names}"
         what = {"fusion": f"{self.method} fusion of ", "merge": f"{self.method} merge of ", "ensemble": "ensemble of "}
+        what["distill"] = "student of "
         return what.get(self.form, "") + names
 
     def scores(self) -> list[str]:
@@ -175,8 +177,8 @@ def versions() -> dict[str, str]:
 
 def hash_data(recipe: Recipe) -> dict[str, Any]:
     """The data sets that a recipe names, with their hashes."""
-    sources = recipe.data.model_dump(include={"train", "validation", "test"}) if recipe.data is not None else {}
-    return {key: {"source": ref, "sha256": hash_source(ref)} for key, ref in sources.items() if isinstance(ref, str)}
+    sources = {path.removeprefix("data."): source for path, source in named(recipe)}
+    return {key: {"source": source, "sha256": hash_source(source)} for key, source in sources.items()}
 
 
 def hash_source(source: str) -> str | None:

@@ -23,6 +23,7 @@ from interfuse.pipeline.intended import finished_before, intended, machine, mode
 from interfuse.pipeline.record import RunRecord, hash_data, versions, write
 from interfuse.recipe import Recipe, check_recipes
 from interfuse.recipe.check import TRUST, chooses, names_of
+from interfuse.recipe.own_data import named
 from interfuse.recipe.pieces import references
 
 
@@ -205,8 +206,7 @@ def _inputs(chain: Sequence[Recipe]) -> list[str]:
     for recipe in chain:
         refs += [*(entry.weights for entry in recipe.models), recipe.target]
         refs += [path for reference in references(recipe) for path in (reference.path, reference.lora)]
-        if recipe.data is not None:
-            refs += [recipe.data.train, recipe.data.validation, recipe.data.test]
+        refs += [source for _, source in named(recipe)]
     return [str(path) for ref in refs if isinstance(ref, str) and (path := on_disk(ref)) is not None]
 
 

@@ -9,9 +9,11 @@ from typing import Any
 from interfuse.errors import Problem, RecipeError
 from interfuse.recipe.check import chooses
 from interfuse.recipe.merges import entries_in, gives_tasks, tokenizer_models
+from interfuse.recipe.own_data import SOURCES
 from interfuse.recipe.pieces import pieces
 from interfuse.recipe.references import Reference, place
 from interfuse.recipe.schema import ModelEntry, Recipe, Slice
+from interfuse.recipe.sections import DataSection
 
 #: Stands for a model that can't be read, so that the others keep their numbers. What is found wrong with it isn't said.
 UNREADABLE = "?"
@@ -54,18 +56,25 @@ def absolute(recipe: Recipe, folder: Path, known: Sequence[str] = ()) -> tuple[R
             for name, module in recipe.modules.items()
         }
     changes |= _tokenizer(recipe, model)
-    if recipe.data is not None:
-        parts = {key: getattr(recipe.data, key) for key in ("train", "validation", "test")}
-        parts = {key: place(ref, folder) if isinstance(ref, str) else ref for key, ref in parts.items()}
-        changes["data"] = recipe.data.model_copy(update=parts)
+    changes["data"] = _data(recipe.data, folder)
+    if recipe.stages is not None:
+        changes["stages"] = [stage.model_copy(update={"data": _data(stage.data, folder)}) for stage in recipe.stages]
     return recipe.model_copy(update=changes), problems
+
+
+def _data(section: DataSection | None, folder: Path) -> DataSection | None:
+    if section is None:
+        return None
+    parts = {key: getattr(section, key) for key in SOURCES}
+    return section.model_copy(update={key: place(ref, folder) for key, ref in parts.items() if isinstance(ref, str)})
 
 
 def _entries(entries: Sequence[ModelEntry], path: str, model: _Place, folder: Path) -> list[ModelEntry]:
     found = []
     for i, entry in enumerate(entries):
         weights = None if entry.weights is None else place(entry.weights, folder, always=True)
-        found.append(entry.model_copy(update={"model": model(f"{path}[{i}].model", entry.model), "weights": weights}))
+        own = {"weights": weights, "data": _data(entry.data, folder)}
+        found.append(entry.model_copy(update={"model": model(f"{path}[{i}].model", entry.model), **own}))
     return found
 
 

@@ -16,10 +16,13 @@ from pydantic import ValidationError
 from interfuse.checkpoints.adapters.pairs import is_adapter
 from interfuse.checkpoints.tasks import on_disk
 from interfuse.errors import OptionError, Problem
+from interfuse.recipe.layers import STITCHED, layers_problems
 from interfuse.recipe.merges import BESIDE, entries_in, is_plain, merge_problems, tokenizer_models
+from interfuse.recipe.outputs import outputs_problems, readers
+from interfuse.recipe.own_data import named
 from interfuse.recipe.pieces import pieces
 from interfuse.recipe.references import Reference
-from interfuse.recipe.schema import ModelEntry, Recipe, Wide
+from interfuse.recipe.schema import APART, ModelEntry, Recipe, Wide
 from interfuse.registry import Level, Method, find, problems_of
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -30,7 +33,12 @@ TRUST = "read it, then allow it with --trust-code (trust_code=True)"
 
 
 def names_of(recipe: Recipe) -> list[str]:
-    """The models' names in order: as written, or read off the reference and numbered where they repeat."""
+    """The models' names in order: as written, or read off the reference and numbered where they repeat.
+
+    Those of a stitch are always `a` and `b`.
+    """
+    if recipe.fusion == "stitch" and len(recipe.models) == len(STITCHED):
+        return list(STITCHED)
     taken = [entry.name for entry in recipe.models if entry.name]
     names: list[str] = []
     for entry in recipe.models:
@@ -112,7 +120,15 @@ def experts_of(recipe: Recipe) -> list[ModelEntry]:
 
 def form_problems(recipe: Recipe) -> list[Problem]:
     """Every problem that can be seen in the recipe alone."""
-    return [*_shape(recipe), *_method(recipe), *_misplaced(recipe), *_layers(recipe), *_data(recipe)]
+    further = outputs_problems(recipe, names_of(recipe))
+    return [
+        *_shape(recipe),
+        *_method(recipe),
+        *_misplaced(recipe),
+        *layers_problems(recipe, names_of(recipe)),
+        *_data(recipe),
+        *further,
+    ]
 
 
 _SOURCES = ("models", "slices", "modules")
@@ -123,7 +139,7 @@ def _where(recipe: Recipe) -> tuple[str, Level]:
         return "merge_method", "adapters" if adapters_alone(recipe) else "weights"
     if recipe.form == "layers":
         return "fusion", "layers"
-    return "fusion", "outputs" if recipe.form == "ensemble" else "features"
+    return "fusion", "outputs" if recipe.form in APART else "features"
 
 
 def _shape(recipe: Recipe) -> Iterator[Problem]:
@@ -175,11 +191,11 @@ def _misplaced(recipe: Recipe) -> Iterator[Problem]:
     form = recipe.form
     if form != "merge":
         for key in _IN_MERGES:
-            if getattr(recipe, key) is not None:
+            if getattr(recipe, key) is not None and not (key == "base_model" and recipe.fusion == "share_trunk"):
                 yield Problem(key, "means something only in a merge", f"{_REMOVE}, or give merge_method")
-    for key in ("target", "stages"):
-        if form != "layers" and getattr(recipe, key) is not None:
-            yield Problem(key, "means something only with fusion: transplant or fusion: stages", _REMOVE)
+    for key, users in (("target", ("transplant", "stages", "distill")), ("stages", ("stages", "transplant"))):
+        if recipe.fusion not in users and getattr(recipe, key) is not None:
+            yield Problem(key, f"means something only with fusion: {' or '.join(users)}", _REMOVE)
     if form != "fusion" and recipe.head is not None:
         yield Problem("head", "only a fusion of features gets a head", _REMOVE)
     if form in ("merge", "ensemble") and recipe.training is not None:
@@ -190,38 +206,17 @@ def _misplaced(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(f"{path}.parameters", "a model has its own only in a merge", allowed)
         if form != "fusion" and entry.tap is not None:
             yield Problem(f"{path}.tap", "only a fusion of features reads a tap", _REMOVE)
-        if form in ("merge", "ensemble", "layers") and entry.freeze is not None:
+        if form in ("merge", "ensemble", "layers", "distill") and entry.freeze is not None:
             yield Problem(f"{path}.freeze", "nothing is trained here", _REMOVE)
-
-
-def _layers(recipe: Recipe) -> Iterator[Problem]:
-    """What transplants and stages need."""
-    if recipe.form != "layers":
-        return
-    if recipe.target is None:
-        yield Problem("target", "missing", "the network that is copied into: a folder, a hub id, or python:module:function")
-    names = names_of(recipe)
-    if recipe.fusion == "transplant":
-        if len(names) > 1:
-            yield Problem("models", f"{len(names)} given", "one to copy from, or fusion: stages")
-        for key in ("stages", "training"):
-            if getattr(recipe, key) is not None:
-                yield Problem(key, "a transplant copies, and trains nothing", "remove the key, or give fusion: stages")
-    elif not recipe.stages:
-        yield Problem("stages", "none given", "at least 1")
-    for i, stage in enumerate(recipe.stages or ()):
-        for name in stage.copied or ():
-            if name not in names:
-                yield Problem(f"stages[{i}].copied.{name}", "no model has this name", f"one of {names}")
 
 
 def _data(recipe: Recipe) -> Iterator[Problem]:
     data, form = recipe.data, recipe.form
+    if form == "layers" and recipe.fusion != "transplant":
+        return  # `layers_problems` looks at it
     train, validation, test = (data.train, data.validation, data.test) if data else (None, None, None)
     if form == "fusion" and train is None:
         yield Problem("data.train", "missing", "a fusion of features is trained: give the data to train on")
-    if recipe.fusion == "stages" and train is None:
-        yield Problem("data.train", "missing", "stages train: give the data to train on")
     if form == "single" and train is None and test is None:
         yield Problem("data", "neither train nor test is given", "give data.train to train, data.test to evaluate")
     if form == "single" and train is None and recipe.training is not None:
@@ -239,7 +234,7 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
     if recipe.evaluate is not None and test is None and not chooses(recipe):
         yield Problem("evaluate", "there is no test data", "give data.test")
     if data is not None and isinstance(data.input, dict):
-        names = names_of(recipe)
+        names = readers(recipe, names_of(recipe))
         wrong = [name for name in data.input if name not in names]
         wrong += [name for name in names if name not in data.input]
         if wrong:
@@ -294,10 +289,8 @@ def run_problems(recipe: Recipe, *, trust_code: bool) -> list[Problem]:
 
 
 def _sources(recipe: Recipe, trust_code: bool) -> Iterator[Problem]:
-    for key in ("train", "validation", "test"):
-        ref = getattr(recipe.data, key) if recipe.data else None
-        if isinstance(ref, str):
-            yield from source_problems(ref, f"data.{key}", trust_code)
+    for path, ref in named(recipe):
+        yield from source_problems(ref, path, trust_code)
 
 
 def source_problems(ref: str, path: str, trust_code: bool) -> Iterator[Problem]:

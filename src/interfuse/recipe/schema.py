@@ -53,8 +53,12 @@ ModelRef = Annotated[str, BeforeValidator(_as_text), Field(min_length=1, json_sc
 
 
 Parameters = dict[str, Any]
-#: The fusions of layers: those that have a target.
-LAYERS = ("transplant", "stages")
+#: The fusions of layers; those that fill a target; and those whose models each know a task, with data of its own.
+LAYERS = ("transplant", "stages", "share_trunk", "tie", "stitch")
+TARGETED = ("transplant", "stages")
+TASKS = ("share_trunk", "tie")
+#: Fusions that are a form of recipe by themselves.
+APART = ("ensemble", "distill")
 
 
 class ModelEntry(Section):
@@ -85,6 +89,11 @@ class ModelEntry(Section):
         "where true trains only the last Linear layer.",
     )
     parameters: Parameters = Field(default_factory=dict, description="This model's own options in a merge: {weight: 0.3}.")
+    data: DataSection | None = Field(
+        default=None,
+        description="With fusion: share_trunk or tie, the data of this model's own task: its keys stand before those of the "
+        "recipe's `data`, which holds for all.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -163,7 +172,7 @@ class Recipe(Section):
     )
     target: ModelRef | None = Field(
         default=None,
-        description="The network that is copied into, for transplant and stages: as in `models`.",
+        description="The network that is copied into, for transplant and stages, or taught, for distill: as in `models`.",
         json_schema_extra=_REFERENCE_OR_NONE,
     )
     stages: list[Stage] | None = Field(default=None, description="With fusion: stages, the steps in order.")
@@ -210,13 +219,13 @@ class Recipe(Section):
 
     @property
     def form(self) -> str:
-        """`merge`, `layers`, `ensemble`, `fusion`, or `single` (one model alone)."""
+        """`merge`, `layers`, one of `APART`, `fusion`, or `single` (one model alone)."""
         if self.merge_method is not None:
             return "merge"
         if self.fusion in LAYERS:
             return "layers"
         if self.fusion is not None:
-            return "ensemble" if self.fusion == "ensemble" else "fusion"
+            return self.fusion if self.fusion in APART else "fusion"
         return "single"
 
 

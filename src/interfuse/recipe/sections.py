@@ -100,6 +100,13 @@ class DataSection(Section):
         },
     )
     target: Ref | None = Field(default=None, description="The array or column of targets (npz: y; csv: label, or the last).")
+    labels: bool | None = Field(
+        default=None,
+        description="Whether train and validation have targets; false where they have none, or none are to be read.",
+    )
+    classes: list[Ref] | None = Field(
+        default=None, description="The names of the data's class numbers, in order, where the models' classes have names."
+    )
     image_size: Count | None = Field(default=None, description="Images are resized to this many pixels a side.")
     mean: list[float] | None = Field(default=None, description="A value a channel, subtracted from images in [0, 1].")
     std: list[Positive] | None = Field(default=None, description="A value a channel that images are then divided by.")
@@ -174,6 +181,10 @@ class Stage(Section):
     training: Training | None = Field(
         default=None,
         description="How this stage trains, before what `training` says for all; epochs: 0 is not at all.",
+    )
+    data: DataSection | None = Field(
+        default=None,
+        description="What this stage trains on (train, validation): its keys stand before those of the recipe's `data`.",
     )
 
 
