@@ -1,6 +1,6 @@
 """Fine-tunes MiniLM to eight tasks.
 
-    python -m benchmarks.text_experts --data DATA --cache CACHE
+python -m benchmarks.text_experts --data DATA --cache CACHE
 """
 
 from __future__ import annotations

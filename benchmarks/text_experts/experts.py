@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.text_experts.texts import Task
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 import interfuse as itf
-from benchmarks.text_experts.texts import Task
 from interfuse.evaluation.metrics import find_metric, score
 
 EPOCHS, RATE = 2, 1e-4
@@ -117,7 +117,13 @@ def _train(network: Classifier, task: Task) -> dict[str, Any]:
     itf.fit(network, task.loader("train", shuffle=True), validation, epochs=EPOCHS, learning_rate=RATE, progress=False)
     seconds = time.monotonic() - trained
     sizes = {part: len(texts) for part, texts in task.parts.items()}
-    return {"probe": probed, "expert": accuracies(network, task), "sizes": sizes, "seconds": seconds, "probe seconds": trained - begun}
+    return {
+        "probe": probed,
+        "expert": accuracies(network, task),
+        "sizes": sizes,
+        "seconds": seconds,
+        "probe seconds": trained - begun,
+    }
 
 
 def _features(network: Classifier, task: Task) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -13,6 +13,7 @@ import interfuse as itf
 from interfuse.evaluation.metrics import score
 from interfuse.inference.predict import predict
 from interfuse.transfer.curve import TrunkCurve, trunk_curve
+from interfuse.transfer.sharing import SharedTrunk
 
 Data = tuple[Tensor, Tensor]
 
@@ -60,7 +61,7 @@ def slow_choice(curve: TrunkCurve, tolerance: float) -> int:
     best = 0
     for point in curve.points:
         if all(point.validation[t] >= (1 - tolerance) * curve.points[0].validation[t] - 1e-12 for t in "ab"):
-            best = max(best, point.depth)
+            best = max(best, int(point.depth))
     return best
 
 
@@ -111,3 +112,48 @@ def test_what_is_wrong_is_said_at_once() -> None:
         trunk_curve(experts, {"a": validation["a"]}, depths=[9], tolerance=1)
     with pytest.raises(itf.OptionError, match=r"test\['a'\]: is the validation data"):
         trunk_curve(experts, validation, validation)
+
+
+def test_the_mean_may_hold_where_a_task_does_not() -> None:
+    differ = set()
+    for seed in range(4):
+        experts, validation, _ = given(seed, far=0.15)
+        for tolerance in (0.01, 0.05):
+            curve = trunk_curve(experts, validation, tolerance=tolerance, within="mean")
+            means = [sum(p.validation.values()) / 2 for p in curve.points]
+            fine = [p.depth for p, mean in zip(curve.points, means, strict=True) if mean >= (1 - tolerance) * means[0]]
+            assert curve.chosen.depth == max(fine)
+            differ.add(curve.chosen.depth != slow_choice(curve, tolerance))
+    assert "the mean of the tasks" in curve.caption()
+    assert True in differ
+
+
+def test_what_is_left_is_trained_before_it_is_measured() -> None:
+    experts, validation, test = given()
+    train = {task: (x := torch.randn(200, 6), expert(x).argmax(-1).detach()) for task, expert in experts.items()}
+    seen: list[int] = []
+
+    def tune(shared: SharedTrunk) -> None:
+        seen.append(shared.depth)
+        itf.fit_tasks(shared, train, epochs=8, learning_rate=1e-2, train_only="experts.*", progress=False)
+
+    plain = trunk_curve(experts, validation, test, depths=[2], tolerance=0.99)
+    curve = trunk_curve(experts, validation, test, depths=[2], tolerance=0.99, tune=tune)
+    assert seen == [2]
+    assert curve.points[0].validation == plain.points[0].validation
+    assert sum(curve.points[1].validation.values()) > sum(plain.points[1].validation.values())
+    network = curve.network(experts)
+    for task, (x, y) in validation.items():
+        assert score("accuracy", network(x)[task], y) == curve.chosen.validation[task]
+    merged = itf.share_trunk(experts, 2)
+    assert all(torch.equal(a, b) for a, b in zip(network.trunk.parameters(), merged.trunk.parameters(), strict=True))
+
+
+def test_a_path_is_a_depth() -> None:
+    experts, validation, _ = given()
+    curve = trunk_curve(experts, validation, depths=[1, "0"], tolerance=0.99)
+    assert [point.depth for point in curve.points] == [0, "0", 1]
+    first, second, third = (point.cost.parameters for point in curve.points)
+    assert (first - second, second - third) == (6 * 8 + 8, 8 * 8 + 8)
+    with pytest.raises(itf.OptionError, match="depth: no shared block at 'stem'"):
+        trunk_curve(experts, validation, depths=["stem"])

@@ -94,6 +94,25 @@ def test_a_shared_trunk_trains_together_too() -> None:
     assert record.best["validation_loss"] < 0.7 * record.history[0]["validation_loss"]
 
 
+def test_what_the_tasks_have_of_their_own_is_trained_alone_or_distilled() -> None:
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    experts: dict[str, nn.Module] = {"a": start, "c": nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))}
+    shared = itf.share_trunk(experts, 1)
+    before = copy.deepcopy(shared.state_dict())
+    x = torch.randn(96, 4)
+    soft = {task: (x, expert(x).softmax(-1).detach()) for task, expert in experts.items()}
+    record = fit_tasks(shared, soft, soft, epochs=5, learning_rate=0.05, loss="cross_entropy", train_only="experts.*")
+    after = shared.state_dict()
+    assert {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])} == {"experts"}
+    assert record.best["validation_loss"] < record.history[0]["validation_loss"]
+    assert all(p.requires_grad for p in shared.parameters())
+    with pytest.raises(itf.OptionError, match=r"'model.expert.\*' matches no parameter.*model.experts"):
+        fit_tasks(shared, soft, epochs=1, train_only=["expert.*"])
+    with pytest.raises(itf.OptionError, match=r"metric: got 'accuracy'(.|\n)*layer_decay: got 0.5"):
+        fit_tasks(shared, soft, epochs=1, metric="accuracy", layer_decay=0.5)
+
+
 def test_a_weight_of_zero_leaves_a_task_s_own_layers() -> None:
     tied = tie(pair(), LAYERS)
     before = copy.deepcopy(tied.state_dict())

@@ -1,20 +1,22 @@
 """`trunk_curve`: parameters and latency against quality, from M separate experts to one merged body, and a point chosen on it.
 
 The point is chosen by validation data alone; test data, where given, are only reported. Chosen is the network with the fewest
-parameters in which no task has lost more than a share of its expert's validation value. Nothing is trained here.
+parameters in which no task, or the mean of all, has lost more than a share of the experts' validation value. What is shared is
+merged and nothing else, unless `tune` trains each network further before it is measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from interfuse import units
-from interfuse.errors import DataError, OptionError, Problem
+from interfuse.errors import DataError, OptionError, Problem, nearest
 from interfuse.evaluation.cost import Cost, cost
 from interfuse.evaluation.metrics import AnyMetric, Metric, find_metric, score
 from interfuse.extras import require
@@ -22,15 +24,20 @@ from interfuse.inference.batches import batches, first
 from interfuse.inference.predict import predict
 from interfuse.modules.inputs import split_batch, with_each
 from interfuse.progress import track
-from interfuse.transfer.sharing import SharedTrunk, share_trunk
+from interfuse.transfer.sharing import SharedTrunk, place, share_trunk
 from interfuse.transfer.trunk import find_blocks
+
+WITHIN = ("each", "mean")
 
 
 @dataclass(frozen=True)
 class Point:
-    """The network with `depth` shared blocks: its cost, all tasks in one pass, and each task's metric."""
+    """The network with `depth` shared blocks: its cost, all tasks in one pass, and each task's metric.
 
-    depth: int
+    depth: a number of blocks, or the path of the last module that is shared.
+    """
+
+    depth: int | str
     cost: Cost
     validation: dict[str, float]
     test: dict[str, float]
@@ -38,8 +45,9 @@ class Point:
 
 @dataclass(frozen=True)
 class TrunkCurve:
-    """Points by depth. `blocks` is the path of the blocks; `tolerance` the share of its expert's value that a task may lose;
-    `chosen` the point that validation chose."""
+    """Points from the largest to the smallest. `blocks` is the path of the blocks; `tolerance` the share of the experts' value
+    that may be lost, by a task or the mean (`within`); `chosen` the point that validation chose; `tuned` its weights, where the
+    networks were trained further."""
 
     metric: str
     higher: bool
@@ -48,10 +56,17 @@ class TrunkCurve:
     tolerance: float
     points: tuple[Point, ...]
     chosen: Point
+    within: str = "each"
+    tuned: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     def network(self, experts: Mapping[str, nn.Module], **options: Any) -> SharedTrunk:
         """The chosen network, of the same experts; options as those of the curve (`base`, the method's own)."""
-        return share_trunk(experts, self.chosen.depth, method=self.method, blocks=self.blocks or None, **options)
+        depth = self.chosen.depth
+        blocks = None if isinstance(depth, str) else self.blocks
+        shared = share_trunk(experts, depth, method=self.method, blocks=blocks, **options)
+        if self.tuned is not None:
+            shared.load_state_dict(self.tuned)
+        return shared
 
     def markdown(self) -> str:
         """A Markdown table, the chosen row in bold."""
@@ -69,9 +84,11 @@ class TrunkCurve:
 
     def caption(self) -> str:
         """What the table and the picture show."""
+        which = {"each": "no task's validation value is", "mean": "the mean of the tasks' validation values isn't"}[self.within]
+        whose = {"each": "its expert's", "mean": "the experts'"}[self.within]
         return (
             f"{self.metric} ({'higher' if self.higher else 'lower'} is better); latency of all tasks in one pass. In bold: the"
-            f" smallest network in which no task's validation value is more than {self.tolerance:.1%} worse than its expert's."
+            f" smallest network in which {which} more than {self.tolerance:.1%} worse than {whose}."
         )
 
     def save_figure(self, path: str | Path) -> Path:
@@ -101,11 +118,13 @@ def trunk_curve(
     validation: Mapping[str, Any],
     test: Mapping[str, Any] | None = None,
     *,
-    depths: Sequence[int] | None = None,
+    depths: Sequence[int | str] | None = None,
     base: nn.Module | None = None,
     method: str = "linear",
     blocks: str | None = None,
+    tune: Callable[[SharedTrunk], Any] | None = None,
     tolerance: float = 0.01,
+    within: Literal["each", "mean"] = "each",
     metric: AnyMetric = "accuracy",
     batch_size: int = 64,
     cost_batch: int = 32,
@@ -115,35 +134,56 @@ def trunk_curve(
     """`share_trunk` at every depth, each task's metric and what the whole costs, and the smallest network that is good enough.
 
     experts, base, method, blocks, options: as for `share_trunk`. validation, test: task -> data as `predict` takes it, with
-    targets. depths: from 0 (the separate experts, always among them) to all blocks; left out, every one.
-    tolerance: the share in [0, 1) of its expert's validation value that a task may lose. Costs are measured on the first
-    `cost_batch` examples of the first task. Raises `OptionError`, `ModelError` and `DataError`.
+    targets. depths: from 0 (the separate experts, always among them) to all blocks, or paths as for `share_trunk`, such as that
+    of the embeddings; left out, every number.
+    tune: is given each shared network before it is measured, to train what is left of it, as `fit_tasks` does. It must not
+        see the test data.
+    tolerance: the share in [0, 1) of the experts' validation value that may be lost; within: by "each" task, or by the "mean"
+        of all. Costs are measured on the first `cost_batch` examples of the first task.
+
+    Raises `OptionError`, `ModelError` and `DataError`.
     """
     measure = find_metric(metric)
-    count = len(find_blocks(experts, blocks).names)
-    wanted = range(count + 1) if depths is None else sorted({0, *depths})
-    _check(experts, validation, test, wanted, count, tolerance)
+    found = find_blocks(experts, blocks)
+    wanted = list(range(len(found.names) + 1)) if depths is None else [0, *(k for k in dict.fromkeys(depths) if k != 0)]
+    _check(experts, validation, test, wanted, len(found.names), tolerance, within)
+    for path in (depth for depth in wanted if isinstance(depth, str)):
+        place(experts, path, None)
     inputs, _ = split_batch(first(batches(next(iter(validation.values())), cost_batch)))
     example = with_each(inputs, lambda tensor: tensor[:cost_batch])
     points: list[Point] = []
+    weights: Mapping[str, Tensor] | None = None
     for depth in track(wanted, "sharing", len(wanted), shown=progress):
-        shared = share_trunk(experts, depth, base=base, method=method, blocks=blocks, **options)
+        at = None if isinstance(depth, str) else found.path
+        shared = share_trunk(experts, depth, base=base, method=method, blocks=at, **options)
+        if tune is not None and depth != 0:
+            tune(shared)
         values = [_values(shared, data or {}, measure, batch_size) for data in (validation, test)]
         points.append(Point(depth, cost(shared, example), *values))
-    found = find_blocks(experts, blocks).path
-    chosen = _chosen(points, measure, tolerance)
-    return TrunkCurve(measure.name, measure.higher, found, method, tolerance, tuple(points), chosen)
+        if tune is not None and depth != 0 and _chosen(points, measure, tolerance, within) is points[-1]:
+            weights = {name: tensor.detach().cpu().clone() for name, tensor in shared.state_dict().items()}
+    chosen = _chosen(points, measure, tolerance, within)
+    order = tuple(sorted(points, key=lambda point: -point.cost.parameters))
+    return TrunkCurve(measure.name, measure.higher, found.path, method, tolerance, order, chosen, within, weights)
 
 
-def _chosen(points: Sequence[Point], metric: Metric, tolerance: float) -> Point:
-    """The smallest of the points that are good enough; the experts are."""
-    start = points[0].validation
+def _chosen(points: Sequence[Point], metric: Metric, tolerance: float, within: str) -> Point:
+    """The smallest of the points that are good enough; the experts, which come first, are."""
+    start = _held(points[0], within)
 
     def fine(point: Point) -> bool:
-        losses = [(start[t] - value) * (1 if metric.higher else -1) for t, value in point.validation.items()]
-        return all(loss <= tolerance * abs(start[t]) for loss, t in zip(losses, start, strict=True))
+        losses = [
+            (before - now) * (1 if metric.higher else -1) for before, now in zip(start, _held(point, within), strict=True)
+        ]
+        return all(loss <= tolerance * abs(before) for loss, before in zip(losses, start, strict=True))
 
     return min((point for point in points if fine(point)), key=lambda point: point.cost.parameters)
+
+
+def _held(point: Point, within: str) -> list[float]:
+    """The values that may not fall too far."""
+    values = list(point.validation.values())
+    return values if within == "each" else [fmean(values)]
 
 
 def _values(shared: SharedTrunk, data: Mapping[str, Any], metric: Metric, batch_size: int) -> dict[str, float]:
@@ -160,9 +200,10 @@ def _check(
     experts: Mapping[str, nn.Module],
     validation: Mapping[str, Any],
     test: Mapping[str, Any] | None,
-    depths: Sequence[int],
+    depths: Sequence[int | str],
     count: int,
     tolerance: float,
+    within: str,
 ) -> None:
     problems = []
     for path, data in (("validation", validation), ("test", test)):
@@ -174,7 +215,12 @@ def _check(
             for task, data in test.items()
             if data is validation.get(task)
         ]
-    problems += [Problem("depths", f"got {k!r}", f"numbers from 0 to {count}") for k in depths if not 0 <= k <= count]
+    numbers = [k for k in depths if not isinstance(k, str)]
+    problems += [
+        Problem("depths", f"got {k!r}", f"numbers from 0 to {count}, or paths") for k in numbers if not 0 <= k <= count
+    ]
+    if within not in WITHIN:
+        problems.append(Problem("within", f"got {within!r}", nearest(str(within), WITHIN)))
     if not 0 <= tolerance < 1:
         problems.append(Problem("tolerance", f"got {tolerance!r}", "a share in [0, 1), such as 0.01"))
     if problems:

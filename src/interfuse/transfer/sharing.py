@@ -46,7 +46,7 @@ def share_trunk(
     Raises `OptionError` and `ModelError` with every problem, before anything is merged.
     """
     _check(experts, base)
-    found, number = _place(experts, depth, blocks)
+    found, number = place(experts, depth, blocks)
     _check_also(experts, also)
     trunk = trunk_of(next(iter(experts.values())), found, number, also)
     values = _merged(experts, trunk, base, method, options)
@@ -227,7 +227,7 @@ def _check_also(experts: Mapping[str, nn.Module], also: Sequence[str]) -> None:
         raise OptionError(*problems)
 
 
-def _place(experts: Mapping[str, nn.Module], depth: int | str, blocks: str | None) -> tuple[Blocks, int]:
+def place(experts: Mapping[str, nn.Module], depth: int | str, blocks: str | None) -> tuple[Blocks, int]:
     """The blocks, and how many of them are shared."""
     if isinstance(depth, str):
         holder = depth.rpartition(".")[0]

@@ -6,7 +6,7 @@ follow its own. The loop, its options and the choice of the best epoch are `fit`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ def fit_tasks(
     loss: str | Loss | Mapping[str, str | Loss] = "auto",
     weights: Mapping[str, float] | None = None,
     batch_size: int = 64,
+    train_only: str | Sequence[str] | None = None,
     seed: int = 0,
     **options: Any,
 ) -> FitRecord:
@@ -37,11 +38,14 @@ def fit_tasks(
     train, validation: task -> data as `fit` takes it. An epoch is as long as the longest task's data, and shorter ones begin
         anew. The best epoch has the least mean of the tasks' weighted validation losses, a batch of each counting alike.
     loss: as for `fit`, for all tasks or by task. weights: what each task's loss is multiplied by, 1 where none is given.
-    options: `fit`'s (`epochs`, `learning_rate`, `patience`, Lightning's own, ...), besides `metric`.
+    train_only: globs of the model's parameters: "experts.*" keeps a shared trunk as it is and trains each task's own layers.
+    options: `fit`'s (`epochs`, `learning_rate`, `patience`, Lightning's own, ...), besides `metric` and `layer_decay`.
+
+    Targets may be probabilities (n, classes) with loss="cross_entropy": those that the experts give distil them, unlabelled.
 
     Raises `OptionError` and what `fit` raises.
     """
-    _check(model, train=train, validation=validation, loss=loss, weights=weights)
+    _check(model, options, train=train, validation=validation, loss=loss, weights=weights)
     losses = dict(loss) if isinstance(loss, Mapping) else dict.fromkeys(model.names, loss)
     joint = _Joint(model, losses, dict.fromkeys(model.names, 1.0) | dict(weights or {}))
     data = _Joined(
@@ -50,7 +54,9 @@ def fit_tasks(
     held = None
     if validation is not None:
         held = _Joined({task: batches(source, batch_size, name=task) for task, source in validation.items()}, False)
-    return fit(joint, data, held, loss=_mean, seed=seed, **options)
+    globs = [train_only] if isinstance(train_only, str) else train_only
+    chosen = None if globs is None else [f"model.{glob}" for glob in globs]
+    return fit(joint, data, held, loss=_mean, train_only=chosen, seed=seed, **options)
 
 
 def _mean(outputs: Tensor, targets: Any) -> Tensor:
@@ -117,10 +123,11 @@ class _Joined:
             yield batch
 
 
-def _check(model: Any, **given: Any) -> None:
+def _check(model: Any, options: Mapping[str, Any], **given: Any) -> None:
     if not isinstance(model, SharedTrunk | Tied):
         raise OptionError(Problem("model", f"got {type(model).__name__}", "what share_trunk or tie gives"))
-    problems = []
+    reasons = {"metric": "of several tasks the loss chooses the epoch", "layer_decay": "not for several networks at once"}
+    problems = [Problem(name, f"got {options[name]!r}", why) for name, why in reasons.items() if options.get(name) is not None]
     for path in ("train", "validation"):
         value = given[path]
         if value is not None and (not isinstance(value, Mapping) or set(value) != set(model.names)):
