@@ -34,7 +34,7 @@ _HOMES: dict[Level, str] = {
     "adapters": "interfuse.engine.adapters.methods",
     "layers": "interfuse.transfer.methods",
     "features": "interfuse.modules",
-    "outputs": "interfuse.ensemble",
+    "outputs": "interfuse.training.methods",
 }
 
 #: Marks, in an option's annotation `Annotated[tuple[float, ...], EACH, Field(...)]`, that it has one value a model. The

@@ -16,7 +16,8 @@ from interfuse.errors import DataError, ModelError, OptionError, Problem, UserEr
 from interfuse.pipeline.finished import description, load_network, load_run
 from interfuse.pipeline.record import DESCRIPTION, RECIPE
 from interfuse.recipe import Recipe, load_recipe
-from interfuse.recipe.check import names_of, source_problems
+from interfuse.recipe.check import source_problems
+from interfuse.recipe.outputs import STUDENT
 from interfuse.recipe.schema import ModelEntry
 from interfuse.recipe.sections import DataSection
 
@@ -169,7 +170,8 @@ def _parents(entries: Mapping[str, _Entry]) -> list[str]:
 
 def _views(entries: Mapping[str, _Entry], data: Any, trust_code: bool) -> dict[str, Data]:
     """The data as each model reads it; read once for all that read it in the same way."""
-    from interfuse.data import load_data
+    from interfuse.pipeline.classes import UNNAMED
+    from interfuse.pipeline.reading import in_order
 
     sections = {name: e.recipe.data for name, e in entries.items() if e.recipe is not None and e.recipe.data is not None}
     common = next(iter(sections.values()), DataSection())
@@ -180,21 +182,22 @@ def _views(entries: Mapping[str, _Entry], data: Any, trust_code: bool) -> dict[s
         options = _reading(name, entry, sections.get(name, common))
         key = json.dumps(options)
         if key not in loaded:
-            loaded[key] = load_data(data, trust_code=trust_code, classes=classes, path="--data", **options)
+            section, where = sections.get(name, common), {"trust_code": trust_code, "path": "--data"}
+            loaded[key] = in_order(data, section, classes, UNNAMED, **where, **options)
         views[name] = loaded[key].tokenize(_tokenizers(name, entry)) if loaded[key].has_texts else loaded[key]
     return views
 
 
 def _reading(name: str, entry: _Entry, section: DataSection) -> dict[str, Any]:
     """How a model's data is read, as `load_data` takes it."""
-    from interfuse.pipeline.networks import read_options
+    from interfuse.pipeline.reading import alone, read_options
 
-    alone = names_of(entry.recipe) if entry.recipe is not None and entry.recipe.form == "single" else ()
+    lone = alone(entry.recipe) if entry.recipe is not None else ()
     own = section.input if isinstance(section.input, dict) else {}
-    if own and alone and alone[0] not in own:
+    if own and lone and lone[0] not in own:
         wrong = f"the other runs have inputs for {list(own)}, none for {name}"
         raise DataError(Problem("--data", wrong, "compare it as a run, whose recipe says which input it reads"))
-    return read_options(section, alone)
+    return read_options(section, lone)
 
 
 def _classes(entries: Mapping[str, _Entry]) -> tuple[str, ...] | None:
@@ -213,12 +216,13 @@ def _classes(entries: Mapping[str, _Entry]) -> tuple[str, ...] | None:
 def _tokenizers(name: str, entry: _Entry) -> Any:
     """The tokenizers of a run, or of a saved network that no recipe made."""
     from interfuse.models import load_tokenizer
-    from interfuse.pipeline.networks import load_tokenizers
+    from interfuse.pipeline.reading import load_tokenizers
 
     if entry.tokenizer is not None:
         return entry.tokenizer
     if entry.recipe is not None:
-        return load_tokenizers(entry.recipe)
+        tokenizers = load_tokenizers(entry.recipe)
+        return tokenizers[STUDENT] if entry.recipe.form == "distill" else tokenizers
     found = {member: load_tokenizer(ref) if ref else None for member, ref in entry.members.items()}
     if not found or None in found.values():
         raise ModelError(Problem(name, "no tokenizer for the text in --data", "compare a run, whose recipe names its models"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from interfuse.checkpoints.source import open_checkpoint
-from interfuse.data import Data, load_data
+from interfuse.data import Data
 from interfuse.engine.merge import merge
 from interfuse.ensemble.network import Ensemble
-from interfuse.errors import DataError, ModelError, OptionError, Problem, UserError
+from interfuse.errors import ModelError, OptionError, Problem, UserError
 from interfuse.evaluation.metrics import interval, resampled
 from interfuse.inference.batches import first
 from interfuse.inference.features import default_folder
@@ -25,13 +25,17 @@ from interfuse.inference.predict import predict
 from interfuse.models import CODE, load_model, load_tokenizer
 from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import split_batch
+from interfuse.pipeline.classes import UNNAMED, Spaces, spaces_of
 from interfuse.pipeline.finished import is_saved, load_network
 from interfuse.pipeline.layers import put_layers
+from interfuse.pipeline.reading import load_sets as load_sets
+from interfuse.pipeline.reading import reference_of
+from interfuse.pipeline.teaching import teach
 from interfuse.pipeline.trial import try_networks
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import experts_of, names_of, options_of, weights_of
+from interfuse.recipe.outputs import STUDENT
 from interfuse.recipe.schema import ModelEntry
-from interfuse.recipe.sections import DataSection
 from interfuse.saving import write_model
 from interfuse.training.fit import fit
 from interfuse.training.parameters import heads
@@ -54,24 +58,30 @@ def run_networks(recipe: Recipe, folder: Path, *, trust_code: bool, device: str 
     place = device_name(device)
     networks = load_networks(recipe, trust_code=trust_code)
     hashes = {name: open_checkpoint(network).hash() for name, network in networks.items()}
-    sets = load_sets(recipe, trust_code=trust_code)
+    spaces = spaces_of(recipe, networks)
+    sets = load_sets(recipe, trust_code=trust_code, spaces=spaces)
     if sets:
-        read = [TARGET] if recipe.form == "layers" else [name for name in networks if name != BASE]
-        try_networks({name: networks[name] for name in read}, next(iter(sets.values())))
-    result = Result(assemble(recipe, networks, sets.get("train")), hashes=hashes, classes=_classes(sets))
+        try_networks(_reading(recipe, networks), next(iter(sets.values())))
+    result = Result(assemble(recipe, networks, sets.get("train"), spaces), hashes=hashes, classes=_classes(sets, spaces))
+    notes = [spaces.note] if spaces.note else []
     if recipe.form == "layers":
         on = lightning_on(place)
         result.training, result.notes = put_layers(recipe, result.model, networks, sets, on, progress=progress)
     if "train" in sets and recipe.form in ("fusion", "single"):
         result.training = train(recipe, result.model, sets, place, progress=progress)
+    if recipe.form == "distill":
+        teachers = {name: network.to(place) for name, network in networks.items()}
+        result.training, said = teach(recipe, result.model, teachers, sets, spaces, lightning_on(place), progress=progress)
+        notes += said
     if isinstance(result.model, Ensemble) and "validation" in sets:
-        result.notes = (str(result.model.calibrate(sets["validation"], seed=recipe.seed, device=place, progress=progress)),)
+        notes.append(str(result.model.calibrate(sets["validation"], seed=recipe.seed, device=place, progress=progress)))
+    result.notes = (*result.notes, *notes)
     if "test" in sets:
         result.test = evaluate(recipe, result.model, sets["test"], place, progress=progress)
     result.model.to("cpu")
     write_model(result.model, folder, backbones="reference" if _by_reference(recipe) else "value")
     if (folder / "config.json").exists():
-        tokenizer = load_tokenizer(_reference(recipe).model)
+        tokenizer = load_tokenizer(reference_of(recipe).model)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return result
@@ -86,8 +96,17 @@ def evaluate_merged(recipe: Recipe, folder: Path, *, trust_code: bool, device: s
     return Result(model, test=found, classes=_classes(sets))
 
 
-def _classes(sets: Mapping[str, Data]) -> tuple[str, ...] | None:
-    return next(iter(sets.values())).classes if sets else None
+def _classes(sets: Mapping[str, Data], spaces: Spaces = UNNAMED) -> tuple[str, ...] | None:
+    known = spaces.joined if spaces.own is not None else None
+    return known or next((data.classes for data in sets.values() if data.classes is not None), None)
+
+
+def _reading(recipe: Recipe, networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The networks that read the data, by the names that inputs go by."""
+    if recipe.form == "layers":
+        return {TARGET: networks[TARGET]}
+    called = {TARGET: STUDENT} if recipe.form == "distill" else {}
+    return {called.get(name, name): network for name, network in networks.items() if name != BASE}
 
 
 @contextmanager
@@ -149,69 +168,12 @@ def load_networks(recipe: Recipe, *, trust_code: bool) -> dict[str, nn.Module]:
 BASE, TARGET = " base", " target"  # no models' names: names have no spaces
 
 
-def load_sets(recipe: Recipe, *, trust_code: bool, merged: Path | None = None) -> dict[str, Data]:
-    """`train`, `validation` and `test`, as far as the recipe names them; every problem in any of them at once.
-
-    `merged` is the folder of the recipe's result, if there is one already.
-    """
-    section = recipe.data
-    sets: dict[str, Data] = {}
-    problems: list[Problem] = []
-    if section is None:
-        return sets
-    classes = recipe.head.classes if recipe.head is not None and isinstance(recipe.head.classes, list) else None
-    for key in ("train", "validation", "test"):
-        source = getattr(section, key)
-        if not isinstance(source, str):
-            continue
-        known = sets["train"].classes if "train" in sets else classes
-        options = read_options(section, names_of(recipe) if recipe.form == "single" else ())
-        try:
-            sets[key] = load_data(source, trust_code=trust_code, classes=known, path=f"data.{key}", **options)
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise DataError(*problems)
-    if isinstance(section.validation, float):
-        seed = section.seed if section.seed is not None else recipe.seed
-        sets["train"], sets["validation"] = sets["train"].split(section.validation, seed)
-    if any(data.has_texts for data in sets.values()):
-        tokenizers = load_tokenizers(recipe, merged)
-        sets = {key: data.tokenize(tokenizers) for key, data in sets.items()}
-    return sets
-
-
-def read_options(section: DataSection, alone: Sequence[str] = ()) -> dict[str, Any]:
-    """How the data is read, as `load_data` takes it; a model alone takes its input without its name."""
-    options = {key: getattr(section, key) for key in ("input", "target", "image_size", "mean", "std")}
-    if alone and isinstance(section.input, dict):
-        options["input"] = section.input[alone[0]]
-    return options
-
-
-def load_tokenizers(recipe: Recipe, result: Path | None = None) -> Any:
-    """{model name: tokenizer}, or the one tokenizer of a recipe whose result is one plain network.
-
-    A merge may have another tokenizer than its models: that in the folder of its `result`, if there is one.
-    """
-    single = recipe.form in ("single", "merge", "layers")
-    text = recipe.data.input if recipe.data is not None and isinstance(recipe.data.input, dict) else None
-    made = load_tokenizer(str(result)) if result is not None and recipe.form == "merge" else None
-    if made is not None:
-        return made
-    entries = {"": _reference(recipe)} if single else dict(zip(names_of(recipe), recipe.models, strict=True))
-    found = {name: load_tokenizer(entry.model) for name, entry in entries.items()}
-    missing = [name for name, tokenizer in found.items() if tokenizer is None]
-    if missing and text is None:
-        allowed = "a model with its tokenizer in its folder, or data of numbers"
-        raise ModelError(*(Problem(f"models {name}".strip(), "no tokenizer for the text in data", allowed) for name in missing))
-    return found[""] if single else {name: tokenizer for name, tokenizer in found.items() if tokenizer is not None}
-
-
-def assemble(recipe: Recipe, networks: Mapping[str, nn.Module], data: Data | None) -> nn.Module:
+def assemble(
+    recipe: Recipe, networks: Mapping[str, nn.Module], data: Data | None, spaces: Spaces = UNNAMED
+) -> nn.Module:  # fmt: skip
     """The model that the recipe describes, not yet trained."""
     options = options_of(recipe)
-    if recipe.form == "layers":
+    if recipe.form in ("layers", "distill"):
         return networks[TARGET]
     if recipe.form == "single":
         return next(iter(networks.values()))
@@ -225,7 +187,7 @@ def assemble(recipe: Recipe, networks: Mapping[str, nn.Module], data: Data | Non
         return merged
     model: ModelFusion | Ensemble
     if recipe.form == "ensemble":
-        model = Ensemble(networks, **{**options, "copy": False})
+        model = Ensemble(networks, **{**options, "classes": spaces.own, "copy": False})
     else:
         named = dict(zip(names_of(recipe), recipe.models, strict=True))
         model = ModelFusion(
@@ -291,11 +253,6 @@ def evaluate(recipe: Recipe, model: nn.Module, data: Data, device: str, *, progr
 def default_metric(data: Data) -> str:
     """Accuracy for classes, mse for numbers."""
     return "accuracy" if data.classes is not None else "mse"
-
-
-def _reference(recipe: Recipe) -> ModelEntry:
-    """The model whose code, config and tokenizer a single network has."""
-    return next((ModelEntry(model=ref) for ref in recipe.beside.values()), None) or recipe.models[0]
 
 
 def _by_reference(recipe: Recipe) -> bool:

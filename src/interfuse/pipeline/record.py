@@ -29,6 +29,8 @@ DESCRIPTION = "interfuse.json"
 #: What isn't written down, or the same recipe would give another folder each time.
 _OF_ONE_RUN = ("out", "plan", "here", "before")
 _TIMES = ("seconds", "train_seconds")
+#: What a run of layers makes, where that isn't said by its method.
+_LAYERS = {"share_trunk": "shared trunk of ", "tie": "tied layers of ", "stitch": "stitch of "}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class RunRecord:
     plan: what was, or would be, done: of a merge of files as data (docs/recipes.md), else as text; here: what such a merge
     would take of this machine, in a dry run. inputs: models and data sets with SHA-256 hashes, where they have one.
     training: `FitRecord` as a dict. test: metric, value, low and high (95% bootstrap interval), examples.
+    tasks: of a shared trunk or tied networks, each task's test, that of its model before, and its classes; curve: the sweep
+    over depths; stitch: how well the map fits, and what quality survives.
     soup: how a soup's models were chosen: metric, validation data, value, steps; None for other runs.
     classes: the names of the classes, in the order of the outputs; None for numbers. notes: what was resolved on the way.
     seconds: all of it; like every other time it isn't written down, for no two runs agree on it. before: whether an earlier
@@ -57,6 +61,9 @@ class RunRecord:
     test: dict[str, Any] | None = None
     classes: tuple[str, ...] | None = None
     soup: dict[str, Any] | None = None
+    tasks: dict[str, dict[str, Any]] | None = None
+    curve: dict[str, Any] | None = None
+    stitch: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
     papers: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
@@ -83,7 +90,7 @@ class RunRecord:
         """`attention fusion of cnn and vit`."""
         names = listed(self.models)
         if self.form == "layers":
-            return f"{self.method} from {names}"
+            return _LAYERS.get(self.method, f"{self.method} from ") + names
         what = {"fusion": f"{self.method} fusion of ", "merge": f"{self.method} merge of ", "ensemble": "ensemble of "}
         what["distill"] = "student of "
         return what.get(self.form, "") + names
@@ -100,10 +107,16 @@ class RunRecord:
             values = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in self.training["best"].items())
             lines.append(f"best epoch {self.training['best_epoch']}: {values}")
         if self.test is not None:
-            t = self.test
-            interval = f"95% interval {t['low']:.4g} to {t['high']:.4g}, {t['examples']} examples"
-            lines.append(f"test {t['metric']} {t['value']:.4g} ({interval})")
+            lines.append(_scored(self.test))
+        for name, task in (self.tasks or {}).items():
+            if task["test"] is not None:
+                lines.append(f"{name}: {_scored(task['test'])}; before {task['before']['value']:.4g}")
         return lines
+
+
+def _scored(test: dict[str, Any]) -> str:
+    interval = f"95% interval {test['low']:.4g} to {test['high']:.4g}, {test['examples']} examples"
+    return f"test {test['metric']} {test['value']:.4g} ({interval})"
 
 
 def _plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ LEVELS: dict[Level, tuple[str, str]] = {
     "adapters": ("merge_method", "LoRA adapters of one base, merged into one adapter without it"),
     "layers": ("fusion", "whole layers of trained networks, put into a target"),
     "features": ("fusion", "features of any networks, fused by a small trained module"),
-    "outputs": ("fusion", "predictions of any networks for the same classes, averaged"),
+    "outputs": ("fusion", "predictions of any networks, combined, or taught to a network of their own"),
 }
 
 

@@ -38,12 +38,13 @@ class DistillRecord(FitRecord):
 
     agreement: the share of examples to which student and teachers give the same class, in [0, 1]; for numbers the mean
     squared difference. It is measured on the validation data, or without them on the training data, as `agreement_on` says.
-    labelled: whether the training data had labels.
+    labelled: whether the training data had labels. numbers: whether numbers are taught, not classes.
     """
 
     agreement: float = math.nan
     agreement_on: str = ""
     labelled: bool = False
+    numbers: bool = False
 
 
 def distill(
@@ -115,6 +116,7 @@ def distill(
         agreement=agreement,
         agreement_on=goal.judged,
         labelled=lessons["train"].labels is not None,
+        numbers=goal.numbers,
     )
 
 
