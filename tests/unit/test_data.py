@@ -230,7 +230,7 @@ def test_images_decoded_at_batch_time_are_the_same(tmp_path: Path, monkeypatch: 
     for i in range(3):
         image(tmp_path / "a" / f"{i}.png", (5 + i, 5), 80 * i, "L")
     kept = whole(load_data(tmp_path, image_size=4))[0]
-    monkeypatch.setattr("interfuse.data.sources._KEPT", 0)
+    monkeypatch.setattr("interfuse.data.images._KEPT", 0)
     assert torch.equal(whole(load_data(tmp_path, image_size=4))[0], kept)
     assert kept.shape == (3, 1, 4, 4)
 

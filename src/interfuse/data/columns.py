@@ -7,7 +7,7 @@ as small as it came (images as bytes, texts as text) and becomes floats or token
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, default_collate
 
 from interfuse.errors import DataError, Problem
 from interfuse.extras import require
-from interfuse.modules.inputs import split_batch
+from interfuse.modules.inputs import PRESENT, split_batch
 
 
 class Column(Protocol):
@@ -78,10 +78,11 @@ class Look:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images as bytes, uint8 [n, height, width, channels]."""
+    """Images as bytes, uint8 [n, height, width, channels]; `there` says which rows hold one, where not all do."""
 
     array: np.ndarray
     look: Look
+    there: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.array)
@@ -93,18 +94,27 @@ class Pixels:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images that are decoded when a batch asks for them; `mode` is PIL's (`L` or `RGB`)."""
+    """Images that are decoded when a batch asks for them; `mode` is PIL's (`L` or `RGB`).
 
-    files: Sequence[Path]
+    A row without a file is black, of `size` (width, height).
+    """
+
+    files: Sequence[Path | None]
     mode: str
     look: Look
+    size: tuple[int, int] = (1, 1)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """uint8 [rows, height, width, channels]."""
-        return np.stack([read_image(self.files[row], self.mode, self.look.size) for row in rows])
+        return np.stack([self._read(self.files[row]) for row in rows])
+
+    def _read(self, file: Path | None) -> np.ndarray:
+        if file is not None:
+            return read_image(file, self.mode, self.look.size)
+        return np.zeros((self.size[1], self.size[0], 1 if self.mode == "L" else 3), np.uint8)
 
     def take(self, rows: np.ndarray) -> Tensor:
         """float32 [rows, channels, height, width] in [0, 1], then as `look` says."""
@@ -154,16 +164,22 @@ def _tokens(tokenizer: Tokenizer, texts: list[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Named:
-    """Several columns under names: a batch is a mapping, such as {model name: its inputs}."""
+    """Several columns under names: a batch is a mapping, such as {model name: its inputs}.
+
+    `present` has booleans [n] for those columns in which some rows hold nothing.
+    """
 
     columns: Mapping[str, Column]
+    present: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
     def take(self, rows: np.ndarray) -> dict[str, Any]:
-        """{name: that column's batch}."""
-        return {name: column.take(rows) for name, column in self.columns.items()}
+        """{name: that column's batch}, and the marks of what is missing under "present", where something is."""
+        batch = {name: column.take(rows) for name, column in self.columns.items()}
+        marks = {name: torch.from_numpy(there[rows]) for name, there in self.present.items()}
+        return batch | ({PRESENT: marks} if marks else {})
 
 
 @dataclass(frozen=True)
@@ -192,11 +208,7 @@ def column_of(values: Any, look: Look, path: str) -> Column:
     if isinstance(values, Numbers | Pixels | ImageFiles | Texts | Named | Items):
         return values
     if isinstance(values, Mapping) and values:
-        named = {str(name): column_of(part, look, f"{path}.{name}") for name, part in values.items()}
-        sizes = {name: len(column) for name, column in named.items()}
-        if len(dict.fromkeys(sizes.values())) > 1:
-            raise DataError(Problem(path, f"its parts have different lengths: {sizes}", "one row of each for every sample"))
-        return Named(named)
+        return _named(values, look, path)
     if isinstance(values, list | tuple) and values and all(isinstance(text, str) for text in values):
         return Texts(list(values))
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
@@ -208,6 +220,47 @@ def column_of(values: Any, look: Look, path: str) -> Column:
     if array.dtype == np.uint8 and array.ndim in (3, 4):
         return Pixels(_channels_last(array, path, look), look)
     return Numbers(array)
+
+
+def _named(values: Mapping[str, Any], look: Look, path: str) -> Named:
+    """Columns under names; what is missing in them is found."""
+    named = {str(name): column_of(_without_none(part), look, f"{path}.{name}") for name, part in values.items()}
+    sizes = {name: len(column) for name, column in named.items()}
+    if len(dict.fromkeys(sizes.values())) > 1:
+        raise DataError(Problem(path, f"its parts have different lengths: {sizes}", "one row of each for every sample"))
+    found = {str(name): present_in(part) for name, part in values.items()}
+    return Named(named, {name: there for name, there in found.items() if there is not None and not there.all()})
+
+
+def _without_none(part: Any) -> Any:
+    """Texts with "" in place of None; anything else as it is."""
+    if isinstance(part, list | tuple) and any(isinstance(text, str) for text in part):
+        return ["" if text is None else text for text in part]
+    return part
+
+
+def present_in(part: Any) -> np.ndarray | None:
+    """Which rows [n] of one input hold something, where that can be seen: a text that isn't blank, a number that isn't NaN,
+    an image's file. None where all do by their kind."""
+    if isinstance(part, Pixels):
+        return part.there
+    if isinstance(part, ImageFiles):
+        return np.array([file is not None for file in part.files])
+    if isinstance(part, Texts):
+        part = list(part.texts)
+    if isinstance(part, list | tuple) and any(isinstance(text, str) for text in part):
+        return np.array([bool(text and text.strip()) for text in part])
+    if isinstance(part, Numbers):
+        part = part.array
+    if isinstance(part, Named | Items | Mapping):
+        return None
+    array = part.detach().cpu().numpy() if isinstance(part, Tensor) else np.asarray(part)
+    if array.dtype.kind == "U" and array.ndim == 1:
+        return np.array([bool(text.strip()) for text in array.tolist()])
+    if array.dtype.kind != "f" or array.size == 0:
+        return None
+    found: np.ndarray = ~np.isnan(array.reshape(len(array), -1)).all(axis=1)
+    return found
 
 
 def _channels_last(array: np.ndarray, path: str, look: Look) -> np.ndarray:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
 from interfuse.data.columns import Column, Look, Named, Texts, Tokenizer, column_of
-from interfuse.errors import DataError, OptionError, Problem
+from interfuse.errors import DataError, OptionError, Problem, nearest
 
 _SHOWN = 5  # faulty rows that an error lists
 
@@ -79,7 +79,10 @@ class Data(Dataset[Any]):
 
     Images as uint8 [n, height, width(, channels)] come as float32 [n, channels, height, width] in [0, 1], resized to
     `image_size` and normalised by `mean` and `std`. `targets` [n] are class numbers, names, or floats to predict; names
-    become numbers in the order of `classes` (left out: sorted). None: there are no labels. Raises `DataError`.
+    become numbers in the order of `classes` (left out: sorted). None: there are no labels.
+
+    In a mapping, an input is missing from a sample whose text is blank or None, whose numbers are all NaN, or where
+    `present`, {name: booleans [n]}, is False; batches then have these marks as "present". Raises `DataError`.
     """
 
     def __init__(
@@ -91,10 +94,11 @@ class Data(Dataset[Any]):
         image_size: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        present: Mapping[str, Any] | None = None,
         path: str = "data",
     ) -> None:
         self._path = path
-        self._column = column_of(inputs, Look(image_size, mean, std), path)
+        self._column = _marked(column_of(inputs, Look(image_size, mean, std), path), present or {}, path)
         self.labelled = targets is not None
         values = targets if self.labelled else np.zeros(len(self._column), np.int64)
         self._targets, self.classes = _read_targets(values, classes, path)
@@ -189,12 +193,36 @@ def _tokenized(column: Column, tokenizers: Mapping[str, Tokenizer] | Tokenizer, 
     missing = [name for name, part in column.columns.items() if isinstance(part, Texts) and name not in tokenizers]
     if missing:
         raise DataError(*(Problem(f"{path}.{name}", "is text without a tokenizer", "give one") for name in missing))
-    return Named(
-        {
-            name: Texts(part.texts, tokenizers[name]) if isinstance(part, Texts) else part
-            for name, part in column.columns.items()
-        }
-    )
+    parts = {
+        name: Texts(part.texts, tokenizers[name]) if isinstance(part, Texts) else part for name, part in column.columns.items()
+    }
+    return Named(parts, column.present)
+
+
+def _marked(column: Column, present: Mapping[str, Any], path: str) -> Column:
+    """A column with these marks, beside those that were found in it; every sample must have some input."""
+    if not isinstance(column, Named):
+        if present:
+            raise DataError(Problem(f"{path}.present", "there is one input, without a name", "give inputs by name"))
+        return column
+    problems = []
+    marks = {name: np.asarray(there) for name, there in present.items()}
+    for name, there in marks.items():
+        if name not in column.columns:
+            problems.append(Problem(f"{path}.present.{name}", "no input has this name", nearest(name, column.columns)))
+        elif there.dtype != bool or there.shape != (len(column),):
+            wrong, allowed = f"got {there.dtype} of shape {there.shape}", f"booleans ({len(column)},), one a sample"
+            problems.append(Problem(f"{path}.present.{name}", wrong, allowed))
+    if problems:
+        raise DataError(*problems)
+    for name, there in column.present.items():
+        marks[name] = there & marks[name] if name in marks else there
+    marks = {name: there for name, there in marks.items() if not there.all()}
+    if marks.keys() == column.columns.keys():
+        empty = np.flatnonzero(~np.any(list(marks.values()), axis=0))[:_SHOWN]
+        if len(empty):
+            raise DataError(*(Problem(path, f"row {row + 1}: every input is missing", "at least one") for row in empty))
+    return Named(column.columns, marks)
 
 
 def _interleaved(order: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -6,8 +6,6 @@ what is allowed. Batches are made by `dataset`.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,17 +16,20 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
-from interfuse.data.columns import ImageFiles, Items, Look, Pixels, read_image
+from interfuse.data.columns import Items, Look, read_image
 from interfuse.data.dataset import Data
+from interfuse.data.images import SUFFIXES, images_of
+from interfuse.data.tables import Input, chosen, columns_of, read_csv, side_by_side, unwrapped
 from interfuse.errors import DataError, Problem, nearest
 from interfuse.extras import require
 from interfuse.models import CODE, call_reference
 
-_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-_KEPT = 2**30  # bytes of decoded images up to which they are kept in memory
 _ALLOWED = "an .npz or .csv(.gz) file, a folder of images by class, a folder or hub id of `datasets`, or python:module:function"
-
-Input = str | Mapping[str, str] | None
+#: Inputs, targets, the names of the classes, and the marks of what is missing, each as far as the source has them.
+_Read = tuple[Any, Any, Sequence[str] | None, Mapping[str, Any] | None]
+#: What an npz calls the marks of an array that some rows lack.
+_MARKS = "_present"
+_SHOWN = 5  # faulty rows that an error lists
 
 
 def load_data(
@@ -51,7 +52,8 @@ def load_data(
         map-style data set, or (inputs, targets).
     classes: the classes' names in order, such as `train.classes` for the test data.
     input, target: the array or column to read (npz: x and y; csv: text, or all columns of numbers, and label, or the last
-        column); `input` may map models' names to arrays or columns.
+        column); `input` may be a list of columns of numbers, or map models' names to one column or list each. Then what is
+        empty in a row is missing from it (None, NaN, a blank cell; in an npz also where the booleans NAME_present say so).
     labels: False where there are none, or none are read: a folder then holds the images themselves.
     image_size, mean, std: see `Data`. path: what errors call the source, such as `data.train`.
 
@@ -66,17 +68,18 @@ def load_data(
     if Path(source).is_dir() and not _is_datasets(Path(source)):
         return _images(Path(source), classes, look, where, labels)
     read = _reader(str(source), where)
-    inputs, targets, named = read(str(source), input, target, look, where, labels)
-    return Data(inputs, targets, classes=classes or named, image_size=image_size, mean=mean, std=std, path=where)
+    inputs, targets, named, present = read(str(source), input, target, look, where, labels)
+    shown = {"image_size": image_size, "mean": mean, "std": std}
+    return Data(inputs, targets, classes=classes or named, present=present, path=where, **shown)
 
 
-def _reader(source: str, where: str) -> Callable[..., tuple[Any, Any, Sequence[str] | None]]:
+def _reader(source: str, where: str) -> Callable[..., _Read]:
     """The function that reads `source`, which is no folder of images."""
     place = Path(source)
     if place.is_file() and source.endswith(".npz"):
         return _npz
     if place.is_file() and source.endswith((".csv", ".csv.gz")):
-        return _csv
+        return read_csv
     if place.is_file():
         raise DataError(Problem(where, f"{source} isn't a kind of file that is read", _ALLOWED))
     path_like = source.startswith(("/", ".", "~")) or source.endswith((".npz", ".csv", ".gz"))
@@ -117,29 +120,10 @@ def _bare(made: Any) -> Any:
     return Items(made) if isinstance(made, Dataset) else made
 
 
-def _chosen(names: Sequence[str], input: Input, default: Callable[[], str], where: str) -> dict[str, str]:
-    """{what a batch calls it: column}; one entry under "" where the batch is that column itself."""
-    wanted = dict(input) if isinstance(input, Mapping) else {"": input if input is not None else default()}
-    problems = [
-        Problem(f"{where}", f"nothing is named {name!r} among {list(names)}", nearest(name, names))
-        for name in dict.fromkeys(wanted.values())
-        if name not in names
-    ]
-    if problems:
-        raise DataError(*problems)
-    return wanted
-
-
-def _unwrapped(columns: dict[str, Any]) -> Any:
-    return columns[""] if list(columns) == [""] else columns
-
-
 # --- npz ---
 
 
-def _npz(
-    source: str, input: Input, target: str | None, look: Look, where: str, labels: bool
-) -> tuple[Any, Any, None]:  # fmt: skip
+def _npz(source: str, input: Input, target: str | None, look: Look, where: str, labels: bool) -> _Read:
     try:
         # opened here, because numpy leaves the file open where it turns out to be damaged
         with open(source, "rb") as file:
@@ -147,16 +131,24 @@ def _npz(
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(Problem(where, f"{source} holds one bare array", "an npz with inputs x and targets y"))
             names = archive.files
-            label = _chosen(names, target or "y", lambda: "y", where)[""] if labels else None
-            wanted = _chosen(names, input, lambda: "x", where)
-            read = dict.fromkeys([*([label] if label is not None else []), *wanted.values()])
+            label = str(chosen(names, target or "y", lambda: "y", where)[""]) if labels else None
+            wanted = chosen(names, input, lambda: "x", where)
+            marks = {key: f"{value}{_MARKS}" for key, value in wanted.items() if key and f"{value}{_MARKS}" in names}
+            read = dict.fromkeys([*([label] if label is not None else []), *columns_of(wanted), *marks.values()])
             arrays = {name: _array(archive, name, where) for name in read}
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(Problem(where, f"{source} can't be read ({error})", "an npz written by numpy.savez")) from None
     targets = None if label is None else arrays[label]
-    return _unwrapped({key: arrays[name] for key, name in wanted.items()}), targets, None
+    present = {key: arrays[name] for key, name in marks.items()}
+    return _together(wanted, arrays, where), targets, None, present
+
+
+def _together(wanted: Mapping[str, str | list[str]], columns: Mapping[str, Any], where: str) -> Any:
+    """The inputs by name, or the one without a name."""
+    made = {k: columns[v] if isinstance(v, str) else side_by_side(columns, v, where) for k, v in wanted.items()}
+    return unwrapped(made)
 
 
 def _array(archive: Any, name: str, where: str) -> np.ndarray:
@@ -170,86 +162,6 @@ def _array(archive: Any, name: str, where: str) -> np.ndarray:
     return array
 
 
-# --- csv ---
-
-
-def _csv(
-    source: str, input: Input, target: str | None, look: Look, where: str, labels: bool
-) -> tuple[Any, Any, None]:  # fmt: skip
-    columns = _table(source, where, 2 if labels else 1)
-    names = list(columns)
-    label = _chosen(names, target or ("label" if "label" in names else names[-1]), lambda: "", where)[""] if labels else None
-    features = [name for name in names if name not in (label, target or "label")]
-    if input is not None:
-        wanted = _chosen(names, input, lambda: "", where)
-        inputs = _unwrapped({key: _numbers_or_texts(columns[name]) for key, name in wanted.items()})
-    else:
-        inputs = _default_input({name: _numbers_or_texts(columns[name]) for name in features}, where)
-    return inputs, None if label is None else _labels(columns[label], label, where), None
-
-
-def _table(source: str, where: str, least: int) -> dict[str, list[str]]:
-    """The file's columns as text, under the names of its first row."""
-    opened: Any = gzip.open if source.endswith(".gz") else open
-    try:
-        with opened(source, "rt", newline="", encoding="utf-8-sig") as file:
-            header, *rows = list(csv.reader(file)) or [[]]
-    except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
-        raise DataError(
-            Problem(where, f"{source} can't be read ({error})", "a csv file in UTF-8, its first row the names")
-        ) from None
-    rows = [row for row in rows if row]  # csv gives blank lines as empty rows
-    if not rows or len(dict.fromkeys(header)) < len(header) or len(header) < least:
-        wrong = f"{source} has {len(rows)} rows under the names {header}"
-        raise DataError(Problem(where, wrong, f"a first row of at least {least} different names, and then rows"))
-    ragged = [i for i, row in enumerate(rows) if len(row) != len(header)][:5]
-    if ragged:
-        raise DataError(
-            *(Problem(where, f"row {i + 1} has {len(rows[i])} values", f"{len(header)}, as the first row") for i in ragged)
-        )
-    return {name: list(column) for name, column in zip(header, zip(*rows, strict=True), strict=True)}
-
-
-def _numbers_or_texts(column: list[str]) -> Any:
-    """float32 [n, 1] where every value is a number, else the texts."""
-    try:
-        return np.array(column).astype(np.float32)[:, None]
-    except ValueError:
-        return column
-
-
-def _default_input(columns: dict[str, Any], where: str) -> Any:
-    texts = [name for name, column in columns.items() if isinstance(column, list)]
-    if "text" in texts:
-        return columns["text"]
-    if not texts:
-        numbers = np.concatenate(list(columns.values()), axis=1)
-        if not np.isfinite(numbers).all():
-            row, place = np.argwhere(~np.isfinite(numbers))[0]
-            wrong = f"row {row + 1}: {list(columns)[place]} is {numbers[row, place]}"
-            raise DataError(Problem(where, wrong, "a finite number in every row"))
-        return numbers
-    if len(columns) == 1:
-        return columns[texts[0]]
-    numeric = [name for name in columns if name not in texts]
-    wrong = f"the columns {texts} aren't all numbers" + (f", beside the numbers {numeric}" if numeric else "")
-    raise DataError(Problem(where, wrong, "say which column is the text (`input`), or leave only numbers"))
-
-
-def _labels(column: list[str], name: str, where: str) -> np.ndarray:
-    """int64, else float32, else names."""
-    empty = [i for i, value in enumerate(column) if not value.strip()][:5]
-    if empty:
-        raise DataError(*(Problem(where, f"row {i + 1}: {name} is empty", "a label in every row") for i in empty))
-    values = np.array(column)
-    for kind in (np.int64, np.float64):
-        try:
-            return values.astype(kind)
-        except (ValueError, OverflowError):
-            continue
-    return values
-
-
 # --- images by class ---
 
 
@@ -257,7 +169,7 @@ def _images(folder: Path, classes: Sequence[str] | None, look: Look, where: str,
     """One folder a class, without labels the folder itself; hidden files and those without an image's suffix don't count."""
     parts = [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")] if labelled else [folder]
     found = {
-        part.name: sorted(f for f in part.iterdir() if f.suffix.lower() in _IMAGES and not f.name.startswith("."))
+        part.name: sorted(f for f in part.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
         for part in parts
     }
     if not found or not any(found.values()):
@@ -266,40 +178,11 @@ def _images(folder: Path, classes: Sequence[str] | None, look: Look, where: str,
         raise DataError(Problem(where, f"{folder} holds {inside}, no {wanted}", _ALLOWED))
     empty = [name for name, files in found.items() if not files]
     if empty:
-        raise DataError(*(Problem(where, f"{folder / name} holds no images", f"files ending in {_IMAGES}") for name in empty))
+        raise DataError(*(Problem(where, f"{folder / name} holds no images", f"files ending in {SUFFIXES}") for name in empty))
     files = [file for part in found.values() for file in part]
     labels = np.array([name for name, part in found.items() for _ in part]) if labelled else None
-    mode, size = _look_through(files, look, where)
-    column: Any = ImageFiles(files, mode, look)
-    look.check(1 if mode == "L" else 3, where)
-    if len(files) * size[0] * size[1] * (1 if mode == "L" else 3) <= _KEPT:
-        column = Pixels(column.read(np.arange(len(files))), look)
+    column = images_of(files, look, where)
     return Data(column, labels, classes=classes, path=where)
-
-
-def _look_through(files: Sequence[Path], look: Look, where: str) -> tuple[str, tuple[int, int]]:
-    """The mode that all images are read in, and their size; only the files' headers are read."""
-    opener = require("PIL.Image").open
-    modes: dict[str, Path] = {}
-    sizes: dict[tuple[int, int], Path] = {}
-    for file in files:
-        try:
-            with opener(file) as image:
-                modes.setdefault(image.mode, file)
-                sizes.setdefault(image.size, file)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(
-                Problem(where, f"{file} isn't an image that can be read ({error})", "replace or remove it")
-            ) from None
-    deep = [f"{file} (mode {mode})" for mode, file in modes.items() if mode.startswith(("I", "F"))]
-    if deep:
-        raise DataError(Problem(where, f"more than 8 bits a channel: {', '.join(deep)}", "8 bits, or an npz of floats"))
-    if look.size is None and len(sizes) > 1:
-        (a, file_a), (b, file_b) = list(sizes.items())[:2]
-        wrong = f"image sizes differ: {file_a} is {a[0]}x{a[1]}, {file_b} is {b[0]}x{b[1]}"
-        raise DataError(Problem(where, wrong, "set image_size, and all are resized to it"))
-    size = (look.size, look.size) if look.size is not None else next(iter(sizes))
-    return ("L" if all(mode in ("L", "1") for mode in modes) else "RGB"), size
 
 
 # --- datasets ---
@@ -309,13 +192,11 @@ def _is_datasets(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
-def _datasets(
-    source: str, input: Input, target: str | None, look: Look, where: str, labels: bool
-) -> tuple[Any, Any, Sequence[str] | None]:
+def _datasets(source: str, input: Input, target: str | None, look: Look, where: str, labels: bool) -> _Read:
     table = _opened(source, where)
     names = table.column_names
     default = next((name for name in ("label", "labels") if name in names), names[-1])
-    label = _chosen(names, target or default, lambda: "", where)[""] if labels else None
+    label = str(chosen(names, target or default, lambda: "", where)[""]) if labels else None
     others = [name for name in names if name not in (label, target or "label")]
 
     def first() -> str:
@@ -324,12 +205,17 @@ def _datasets(
             raise DataError(Problem(where, f"{source} has the columns {others}", "say which is read: `input`"))
         return (known or others)[0]
 
-    wanted = _chosen(names, input, first, where)
-    inputs = _unwrapped({key: _values(table, name, look, where) for key, name in wanted.items()})
+    wanted = chosen(names, input, first, where)
+    found = {name: _values(table, name, look, where) for name in columns_of(wanted)}
+    alone = wanted.get("")
+    if isinstance(alone, str) and found[alone][1] is not None:
+        rows = np.flatnonzero(~found[alone][1])[:_SHOWN]
+        raise DataError(*(Problem(where, f"row {row + 1}: {alone} is empty", "a value in every row") for row in rows))
+    present = {k: found[v][1] for k, v in wanted.items() if isinstance(v, str) and found[v][1] is not None}
+    inputs = _together(wanted, {name: values for name, (values, _) in found.items()}, where)
     if label is None:
-        return inputs, None, None
-    classes = getattr(table.features[label], "names", None)
-    return inputs, np.asarray(list(table[label])), classes
+        return inputs, None, None, present
+    return inputs, np.asarray(list(table[label])), getattr(table.features[label], "names", None), present
 
 
 def _opened(source: str, where: str) -> Any:
@@ -356,14 +242,26 @@ def _opened(source: str, where: str) -> Any:
     return table
 
 
-def _values(table: Any, name: str, look: Look, where: str) -> Any:
+def _values(table: Any, name: str, look: Look, where: str) -> tuple[Any, np.ndarray | None]:
+    """A column, and which of its rows hold something where not all do; what stands in the others doesn't count."""
     values = list(table[name])
+    there = np.array([value is not None for value in values])
+    marks = None if there.all() else there
+    some = next((value for value in values if value is not None), None)
+    if some is None:
+        raise DataError(Problem(where, f"the column {name} is empty", "another one, or leave its model out"))
+    if isinstance(some, str):
+        return ["" if value is None else value for value in values], marks
     if type(table.features[name]).__name__ != "Image":
-        return values if isinstance(values[0], str) else np.asarray(values)
-    mode = "L" if all(image.mode in ("L", "1") for image in values) else "RGB"
-    images = [read_image(image, mode, look.size) for image in values]
+        blank = np.full_like(np.asarray(some), np.nan, dtype=np.float32) if marks is not None else None
+        return np.asarray([blank if value is None else value for value in values]), marks
+    shown = [value for value in values if value is not None]
+    mode = "L" if all(image.mode in ("L", "1") for image in shown) else "RGB"
+    images = [read_image(image, mode, look.size) for image in shown]
     shapes = list(dict.fromkeys(image.shape for image in images))
     if len(shapes) > 1:
         wrong = f"image sizes differ: {shapes[0][1]}x{shapes[0][0]} and {shapes[1][1]}x{shapes[1][0]}"
         raise DataError(Problem(where, wrong, "set image_size, and all are resized to it"))
-    return np.stack(images)
+    whole = np.zeros((len(values), *shapes[0]), np.uint8)
+    whole[there] = np.stack(images)
+    return whole, marks
