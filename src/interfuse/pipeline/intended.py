@@ -175,11 +175,14 @@ def machine(stages: Sequence[Planned], out: str | Path, threads: int | None = No
 
 def _described(recipe: Recipe) -> str:
     """What a run does, as text."""
-    lines = [f"{recipe.form}{f': {method.name}' if (method := method_of(recipe)) else ''}"]
+    named = method.name if (method := method_of(recipe)) else recipe.form
+    lines = [recipe.form if named == recipe.form else f"{recipe.form}: {named}"]
     lines += [f"  {key}: {value}" for key, value in options_of(recipe).items()]
     for name, entry in zip(names_of(recipe), recipe.models, strict=True):
         more = entry.model_dump(exclude_defaults=True, exclude={"model", "name"})
         lines.append(f"model {name}: {entry.model}" + "".join(f", {key} {value}" for key, value in more.items()))
+    for i, stage in enumerate(recipe.stages or (), 1):
+        lines.append(f"{stage.name or f'stage {i}'}: {stage.model_dump(exclude_none=True, exclude={'name'})}")
     for key in ("base_model", "target", "head", "data", "training", "evaluate"):
         value = getattr(recipe, key)
         if value is not None:
