@@ -28,6 +28,7 @@ from interfuse.models import CODE, fill, load_model, place, put, without_bar
 from interfuse.modules.fused import ModelFusion
 from interfuse.modules.taps import Tap
 from interfuse.registry import problems_of
+from interfuse.transfer.rebuilding import class_of, made_again, told, whole
 
 FORMAT = 1
 DESCRIPTION = "interfuse.json"
@@ -54,9 +55,12 @@ class _Plain(BaseModel):
 
 
 class _Network(BaseModel):
-    """What it says of any network: tensor -> the tensor that holds its values, for those that are tied."""
+    """What it says of any network: tensor -> the tensor that holds its values, for those that are tied; and of one made of
+    networks its parts, and how they were joined."""
 
     shared: dict[str, str]
+    parts: list[dict[str, str | None]] = []
+    made: dict[str, Any] = {}
 
 
 class _Ensemble(_Network):
@@ -124,6 +128,8 @@ def write_model(
             model.save_pretrained(folder)
         return
     description = _describe(model)
+    for part in description.get("parts", []) if elsewhere else ():
+        part["reference"] = None if part["reference"] in folders_used(model) else part["reference"]
     by_reference = []
     for k, member in enumerate(description.get("members", [])):
         if elsewhere and model.references[k] in folders_used(model):  # type: ignore[index, operator]
@@ -153,7 +159,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     """What has to be known, beside tensors, to make the model again."""
     from interfuse import __version__
 
-    common = {"format": FORMAT, "interfuse": __version__, "torch": torch.__version__, "class": _class(model)}
+    common = {"format": FORMAT, "interfuse": __version__, "torch": torch.__version__, "class": class_of(model)}
     if isinstance(model, ModelFusion):
         if not model.built:
             raise ModelError(Problem("model", "its widths aren't known yet", "give it `example`, or call it once"))
@@ -163,7 +169,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
             "fusion": model.kind,
             "options": model.options,
             "dim": model.dim,
-            "head": model.classes if model.classes is not None or model.head is None else _class(model.head),
+            "head": model.classes if model.classes is not None or model.head is None else class_of(model.head),
             "pool": model.pool,
             "residual": model.residual,
             "freeze": list(model.freeze),
@@ -177,25 +183,14 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     if isinstance(model, Ensemble):
         about = {"kind": "ensemble", "members": _members(model), "combine": model.combine, "classes": model.spaces}
         return common | about
-    return common | {"kind": "network"}
+    return common | {"kind": "network", **told(model)}
 
 
 def _members(model: ModelFusion | Ensemble) -> list[dict[str, Any]]:
     return [
-        {"name": name, "class": _class(network), "reference": _whole(reference), "stored": True}
+        {"name": name, "class": class_of(network), "reference": whole(reference), "stored": True}
         for name, network, reference in zip(model.names, model.backbones, model.references, strict=True)
     ]
-
-
-def _whole(reference: str | None) -> str | None:
-    """A folder's path that holds wherever it is loaded from; hub ids and code stay as they are."""
-    if reference is None or reference.startswith(CODE) or not Path(reference).exists():
-        return reference
-    return str(Path(reference).resolve())
-
-
-def _class(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _distinct(model: nn.Module, left_out: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -238,7 +233,7 @@ def load(
         folder = fetched(str(folder))
     about = _description(Path(folder) / DESCRIPTION)
     if about["kind"] in ("weights", "merge", "network"):
-        return _single(Path(folder), about, models)
+        return _single(Path(folder), about, models, trust_code)
     checkpoint = open_checkpoint(Path(folder) / TENSORS)
     members = _given(about["members"], models, trust_code)
     model: ModelFusion | Ensemble
@@ -270,8 +265,10 @@ def _description(path: Path) -> dict[str, Any]:
     return about
 
 
-def _single(folder: Path, about: dict[str, Any], models: Any) -> nn.Module:
-    """The one network that a folder holds: the one given, filled, or the one that its config describes."""
+def _single(folder: Path, about: dict[str, Any], models: Any, trust_code: bool) -> nn.Module:
+    """The one network that a folder holds: the one given, filled, or what its config or its parts make, filled."""
+    if about.get("parts") and not isinstance(models, nn.Module):
+        models = made_again(about["made"], _given(about["parts"], models, trust_code))
     if isinstance(models, nn.Module):
         if about["kind"] == "network":
             _fill(models, open_checkpoint(folder / TENSORS), about["shared"])

@@ -64,10 +64,13 @@ def load_run(folder: str | Path, *, trust_code: bool = False) -> nn.Module:
     if not (Path(folder) / RECIPE).is_file():
         return load(folder, trust_code=trust_code)
     recipe = load_recipe(Path(folder) / RECIPE)
+    if about.get("parts"):
+        parts = dict(zip(names_of(recipe), recipe.models, strict=True))
+        networks = {name: load_network(_plain(entry), trust_code=trust_code) for name, entry in parts.items()}
+        return load(folder, networks, trust_code=trust_code)
     if about.get("kind") == "network":
         first = next((ModelEntry(model=ref) for ref in recipe.beside.values()), None) or recipe.models[0]
-        plain = first.model_copy(update={"weights": None})
-        return load(folder, load_network(plain, trust_code=trust_code), trust_code=trust_code)
+        return load(folder, load_network(_plain(first), trust_code=trust_code), trust_code=trust_code)
     if about.get("kind") in ("fusion", "ensemble"):
         without = [member["name"] for member in about["members"] if member["reference"] is None]
         entries = dict(zip(names_of(recipe), recipe.models, strict=True))
@@ -77,6 +80,11 @@ def load_run(folder: str | Path, *, trust_code: bool = False) -> nn.Module:
         wrong = "holds merged weights without their network's code"
         raise ModelError(Problem(str(folder), wrong, "load them with load_model(CODE, weights=FOLDER)"))
     return load_model(str(folder), trust_code=trust_code)
+
+
+def _plain(entry: ModelEntry) -> ModelEntry:
+    """A model without weights of its own, which are in the folder."""
+    return entry.model_copy(update={"weights": None})
 
 
 def code_of(folder: str | Path) -> list[str]:

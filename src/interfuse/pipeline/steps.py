@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from interfuse.recipe import Recipe, check_recipes
 from interfuse.recipe.check import TRUST, chooses, names_of
 from interfuse.recipe.own_data import named
 from interfuse.recipe.pieces import references
+from interfuse.recipe.schema import TARGETED
 
 
 def check(
@@ -92,7 +93,7 @@ def run(
         if plan is None or checked.data is not None:
             from interfuse.pipeline import networks
 
-            step = networks.evaluate_merged if plan is not None else networks.run_networks
+            step = networks.evaluate_merged if plan is not None else _step(checked)
             with networks.settled(checked.seed, threads), code_beside(beside):
                 found = step(checked, folder, trust_code=trust_code, device=device, progress=progress)
         record = dataclasses.replace(
@@ -110,7 +111,18 @@ def run(
 
 def _learned(found: Any) -> dict[str, Any]:
     """What training and evaluation gave, nothing where there was neither."""
-    return {key: getattr(found, key, None) for key in ("training", "test", "classes")}
+    return {key: getattr(found, key, None) for key in ("training", "test", "classes", "tasks", "curve", "stitch")}
+
+
+def _step(recipe: Recipe) -> Callable[..., Any]:
+    """What runs a recipe of networks."""
+    if recipe.form == "layers" and recipe.fusion not in TARGETED:
+        from interfuse.pipeline.joined import run_joined
+
+        return run_joined
+    from interfuse.pipeline.networks import run_networks
+
+    return run_networks
 
 
 def _with_chosen(

@@ -166,6 +166,12 @@ def _tasks(recipe: Recipe, names: Sequence[str], *, train: bool, validation: boo
         patient = recipe.training is not None and recipe.training.patience is not None
         if patient and data.validation is None:
             yield Problem("training.patience", f"stands without validation data of {name}", "give it, or a share: 0.1")
+    held = [effective(recipe, entry.data).validation is not None for entry in recipe.models]
+    if recipe.training is not None and any(held) and not all(held) and not validation:
+        wrong = "missing, and other tasks have it"
+        for i, there in enumerate(held):
+            if not there:
+                yield Problem(f"models[{i}].data.validation", wrong, "give every task its own, or a share for all")
     said = {"metric": "of several tasks the loss chooses the epoch", "layer_decay": "not for several networks at once"}
     for key, why in said.items():
         if recipe.training is not None and getattr(recipe.training, key) is not None:

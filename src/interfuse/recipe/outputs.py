@@ -102,5 +102,6 @@ def _hints(recipe: Recipe, names: Sequence[str]) -> Iterator[Problem]:
 
 def _labels(recipe: Recipe) -> Iterator[Problem]:
     """Data without labels where labels are learned from."""
-    if recipe.data is not None and recipe.data.labels is False and recipe.form != "distill":
+    unread = recipe.form == "distill" or (recipe.fusion == "stitch" and recipe.training is None)
+    if recipe.data is not None and recipe.data.labels is False and not unread:
         yield Problem("data.labels", "false, where labels are learned from", "remove the key, or give fusion: distill")

@@ -59,8 +59,10 @@ class SharedTrunk(Composite):
     `forward(inputs, task)` gives one task's output, and a mapping from every task to its own inputs is computed task by
     task. Each parameter is held once: the trunk's as `trunk` and `free`, and what is a task's own under `experts`, in the
     order of `names`. `depth` of `blocks` are shared. A part of the trunk whose output a network changes in place is computed
-    again for the next network.
+    again for the next network. `references` are the paths or hub ids that give the experts' code again, if there are any.
     """
+
+    references: tuple[str | None, ...] = ()
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class SharedTrunk(Composite):
         blocks: Blocks,
     ) -> None:
         super().__init__()
-        self.names, self.depth, self.blocks = tuple(experts), depth, blocks
+        self.names, self.depth, self.blocks, self.shared = tuple(experts), depth, blocks, trunk
         first = next(iter(experts.values()))
         self.trunk = nn.ModuleList(copy.deepcopy(first.get_submodule(path)) for path in trunk.modules)
         self.free = nn.ParameterList(copy.deepcopy(first.get_parameter(path)) for path in trunk.parameters)

@@ -50,17 +50,21 @@ def tie(
     groups = _groups(networks, layers)
     for group in groups:
         _tie(networks, group, start)
-    return Tied(networks)
+    return Tied(networks, layers)
 
 
 class Tied(Composite):
     """Networks with parameters in common: `forward(inputs)` gives {name: output}, `forward(inputs, name)` one network's.
 
-    Inputs are for all of them, or a mapping from every name to its own. `networks` are in the order of `names`.
+    Inputs are for all of them, or a mapping from every name to its own. `networks` are in the order of `names`; `layers` are
+    those that are tied; `references` the paths or hub ids that give the networks' code again, if there are any.
     """
 
-    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+    references: tuple[str | None, ...] = ()
+
+    def __init__(self, networks: Mapping[str, nn.Module], layers: Sequence[Layer]) -> None:
         super().__init__()
+        self.layers = tuple(dict(layer) if isinstance(layer, Mapping) else layer for layer in layers)
         self.names = tuple(networks)
         self.networks = nn.ModuleList(networks.values())
 

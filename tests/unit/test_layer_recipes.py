@@ -1,0 +1,277 @@
+"""Recipes of shared trunks, tied layers and stitches, from end to end on small networks with a task each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import nn
+
+import interfuse as itf
+from interfuse.cli import main
+from interfuse.data import load_data
+from interfuse.errors import DataError, ModelError, RecipeError
+from interfuse.pipeline import load_run, run
+
+NETS = """
+import torch
+from torch import nn
+
+def _seeded(seed, *layers):
+    torch.manual_seed(seed)
+    for layer in layers:
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    return nn.Sequential(*layers)
+
+def net(seed=1, classes=3):
+    parts = [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()]
+    return _seeded(seed, *parts, nn.Linear(8, classes))
+
+def other():
+    return net(2, 2)
+
+def wide():
+    return _seeded(3, nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+"""
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with two tasks' data over the same inputs, and code that builds networks; it is the current folder."""
+    (tmp_path / "layernets.py").write_text(NETS)
+    draw = np.random.default_rng(0)
+    for name, count in (("train", 90), ("held", 45), ("test", 60)):
+        which = np.arange(count) % 3
+        x = draw.normal(size=(count, 6)).astype(np.float32) + 2 * np.eye(6, dtype=np.float32)[which]
+        np.savez(tmp_path / f"{name}.npz", x=x, which=which, first=(which == 0).astype(np.int64))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield tmp_path
+    sys.modules.pop("layernets", None)
+
+
+def net(function: str, **more: Any) -> dict[str, Any]:
+    return {"model": f"python:layernets:{function}", **more}
+
+
+def trunk(**changes: Any) -> dict[str, Any]:
+    return {
+        "fusion": "share_trunk",
+        "models": [net("net", name="which", data={"target": "which"}), net("other", name="first", data={"target": "first"})],
+        "data": {"validation": "held.npz", "test": "test.npz"},
+        **changes,
+    }
+
+
+def tied(**changes: Any) -> dict[str, Any]:
+    recipe = trunk(fusion="tie", parameters={"layers": ["0", {"which": "2", "first": "4"}]})
+    recipe["data"] = {"train": "train.npz", "validation": 0.2, "test": "test.npz"}
+    return recipe | {"training": {"epochs": 2, "learning_rate": 0.01}, **changes}
+
+
+def about(folder: str | Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(folder) / "interfuse.json").read_text())
+    return found
+
+
+def accuracy(network: nn.Module, target: str) -> float:
+    outputs, targets, _ = itf.predict(network, load_data("test.npz", target=target), progress=False)
+    assert targets is not None
+    return float((outputs.argmax(1) == targets).double().mean())
+
+
+def same(first: nn.Module, second: nn.Module) -> None:
+    assert {n: t.shape for n, t in first.state_dict().items()} == {n: t.shape for n, t in second.state_dict().items()}
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+
+
+def test_a_trunk_of_a_given_depth(work: Path) -> None:
+    record = run(trunk(parameters={"depth": 3}, data={"test": "test.npz"}), "out", trust_code=True, progress=False)
+    shared = load_run("out", trust_code=True)
+    from layernets import net as build  # type: ignore[import-not-found]
+    from layernets import other
+
+    expected = itf.share_trunk({"which": build(), "first": other()}, 3)
+    same(shared, expected)
+    assert record.tasks is not None
+    assert list(record.tasks) == ["which", "first"]
+    for name, task in record.tasks.items():
+        assert task["test"]["value"] == pytest.approx(accuracy(expected.network(name), name))
+        assert task["before"]["value"] == pytest.approx(accuracy({"which": build, "first": other}[name](), name))
+    with pytest.raises(ModelError, match=r"models\['which'\]: missing"):
+        itf.load("out")
+    same(itf.load("out", {"which": build(), "first": other()}), expected)
+    same(itf.load("out", itf.share_trunk({"which": build(), "first": other()}, 3)), expected)
+    stored = load_file("out/model.safetensors")
+    assert sum(value.size for value in stored.values()) == sum(p.numel() for p in expected.parameters())
+    card = (work / "out" / "README.md").read_text()
+    assert "# Shared trunk of which and first" in card
+    assert "which: test accuracy" in card
+    assert "3 of 6 blocks" in " ".join(record.notes)
+
+
+def test_the_depth_is_found_by_validation_and_the_curve_is_drawn(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = trunk(parameters={"depths": [1, 3, 6], "tolerance": 0.05, "options": {"weights": [0.7, 0.3]}})
+    recipe["evaluate"] = {"metric": "balanced_accuracy"}
+    run(recipe, "out", trust_code=True, progress=False)
+    found = about("out")["run"]
+    assert [point["depth"] for point in found["curve"]["points"]] == [0, 1, 3, 6]
+    assert [point["parameters"] for point in found["curve"]["points"]] == sorted(
+        (point["parameters"] for point in found["curve"]["points"]), reverse=True
+    )
+    assert "<svg" in (work / "out" / "curve.svg").read_text()
+    from layernets import net as build
+    from layernets import other
+
+    shared = itf.share_trunk({"which": build(), "first": other()}, found["curve"]["chosen"], weights=[0.7, 0.3])
+    same(load_run("out", trust_code=True), shared)
+    (point,) = [point for point in found["curve"]["points"] if point["depth"] == found["curve"]["chosen"]]
+    for name, task in found["tasks"].items():
+        assert task["test"]["value"] == pytest.approx(point["test"][name])
+    assert "latency" not in json.dumps(found)
+
+
+def test_tasks_of_a_trunk_are_trained_together_and_repeat(work: Path) -> None:
+    recipe = trunk(parameters={"depth": 4}, training={"epochs": 3, "learning_rate": 0.02, "train_only": "experts.*"})
+    recipe["data"] = {"train": "train.npz", "validation": 0.2, "test": "test.npz"}
+    record = run(recipe, "out", trust_code=True, progress=False)
+    assert record.training is not None
+    assert len(record.training["history"]) == 4
+    run("out/recipe.yaml", "again", trust_code=True, progress=False)
+    assert (work / "out/model.safetensors").read_bytes() == (work / "again/model.safetensors").read_bytes()
+    from layernets import net as build
+    from layernets import other
+
+    merged, made = itf.share_trunk({"which": build(), "first": other()}, 4), load_run("out", trust_code=True).state_dict()
+    for name, value in merged.state_dict().items():
+        assert torch.equal(value, made[name]) == (not name.startswith("experts"))
+
+
+def test_a_sweep_trains_each_depth_before_it_is_measured(work: Path) -> None:
+    recipe = trunk(parameters={"depths": [2]}, training={"epochs": 2, "learning_rate": 0.05})
+    recipe["data"] = {"train": "train.npz", "validation": 0.2, "test": "test.npz"}
+    record = run(recipe, "out", trust_code=True, progress=False)
+    assert record.curve is not None
+    assert record.curve["chosen"] == 2
+    shared = load_run("out", trust_code=True)
+    assert record.tasks is not None
+    assert record.tasks["which"]["test"]["value"] == pytest.approx(accuracy(shared.network("which"), "which"))  # type: ignore[operator]
+
+
+def test_tied_layers_are_one_and_saved_once(work: Path) -> None:
+    record = run(tied(), "out", trust_code=True, progress=False)
+    made: Any = load_run("out", trust_code=True)
+    assert made.networks[0][2].weight is made.networks[1][4].weight
+    assert made.networks[0][0].weight is made.networks[1][0].weight
+    stored = load_file("out/model.safetensors")
+    assert sum(value.size for value in stored.values()) == sum(p.numel() for p in made.parameters())
+    assert about("out")["shared"]["networks.1.4.weight"] == "networks.0.2.weight"
+    assert record.tasks is not None
+    for name, task in record.tasks.items():
+        assert task["test"]["value"] == pytest.approx(accuracy(made.network(name), name))
+    assert len(record.training["history"]) == 3  # type: ignore[index]
+    run("out/recipe.yaml", "again", trust_code=True, progress=False)
+    assert (work / "out/model.safetensors").read_bytes() == (work / "again/model.safetensors").read_bytes()
+
+
+def test_a_stitch_says_what_survives(work: Path) -> None:
+    recipe = {
+        "fusion": "stitch",
+        "models": [net("net"), net("wide")],
+        "parameters": {"at": ["3", "1"]},
+        "data": {"train": "train.npz", "test": "test.npz", "target": "which"},
+    }
+    record = run(recipe, "out", trust_code=True, progress=False)
+    from layernets import net as build
+    from layernets import wide
+
+    samples = load_data("train.npz", target="which")
+    expected = itf.stitch(build(), wide(), ("3", "1"), samples, test=load_data("test.npz", target="which"), progress=False)
+    made = load_run("out", trust_code=True)
+    same(made, expected)
+    assert expected.record is not None
+    assert record.stitch is not None
+    assert record.stitch["error"] == pytest.approx(expected.record.error)
+    assert record.stitch["survives"] == pytest.approx(expected.record.survives)
+    assert record.test is not None
+    assert record.test["value"] == pytest.approx(accuracy(made, "which"))
+    assert "survives the stitch" in record.text()
+    assert made.record.held_out == pytest.approx(expected.record.held_out)  # type: ignore[union-attr]
+    unlabelled = recipe | {"data": {"train": "train.npz", "labels": False, "input": "x"}}
+    again = run(unlabelled, "plain", trust_code=True, progress=False)
+    assert again.stitch is not None
+    assert again.stitch["error"] == pytest.approx(expected.record.error)
+    assert again.stitch["survives"] is None
+    trained = run(recipe | {"training": {"epochs": 2}}, "trained", trust_code=True, progress=False)
+    assert trained.training is not None
+
+
+def test_a_stitch_of_places_that_are_not_there(work: Path) -> None:
+    recipe = {
+        "fusion": "stitch",
+        "models": [net("net"), net("wide")],
+        "parameters": {"at": ["nowhere", "9"]},
+        "data": {"train": "train.npz", "target": "which"},
+    }
+    with pytest.raises(ModelError) as raised:
+        run(recipe, "out", trust_code=True, progress=False)
+    assert [p.path for p in raised.value.problems] == ["parameters.at[0]", "parameters.at[1]"]
+    assert not (work / "out").exists()
+
+
+def test_what_is_wrong_is_said_at_once(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = trunk(
+        parameters={"method": "ties", "tolerance": 2, "options": {"densty": 1}, "depth": "auto"},
+        models=[net("net", name="which", data={"target": "which", "validation": "none.npz"}), net("other", name="first")],
+        data={"test": "test.npz"},
+        target="python:layernets:wide",
+    )
+    with pytest.raises(RecipeError) as raised:
+        run(wrong, "out", trust_code=True)
+    assert {p.path for p in raised.value.problems} == {
+        "parameters.tolerance",
+        "target",
+        "base_model",
+        "parameters.options.densty",
+        "models[1].data.validation",
+        "models[0].data.validation",
+    }
+    with pytest.raises(RecipeError) as raised:
+        run(tied(parameters={}, data={"validation": 0.1}, training={"metric": "f1"}, stages=[]), "out", trust_code=True)
+    found = {p.path for p in raised.value.problems}
+    assert found >= {"parameters.layers", "models[0].data.train", "models[1].data.train", "training.metric"}
+    (work / "wrong.yaml").write_text("fusion: stitch\nmodels: [python:layernets:net]\nparameters: {at: [a]}\n")
+    with pytest.raises(SystemExit) as end:
+        main(["run", "wrong.yaml", "out"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert all(path in said for path in ("models:", "parameters.at:", "data.train:"))
+    assert not (work / "out").exists()
+
+
+def test_a_task_s_data_are_checked_where_they_are_written(work: Path) -> None:
+    recipe = trunk(parameters={"depth": 1})
+    recipe["models"][0]["data"] = {"target": "nothing"}
+    recipe["models"][1]["data"] = {"target": "neither"}
+    with pytest.raises(DataError) as raised:
+        run(recipe | {"data": {"test": "test.npz"}}, "out", trust_code=True, progress=False)
+    assert len(raised.value.problems) == 2
+    with pytest.raises(RecipeError, match=r"models\[0\]\.data: a model has its own only with"):
+        run({"fusion": "mean", "models": [net("net", data={"target": "y"})], "data": {"train": "train.npz"}}, "out")
+
+
+def test_the_plan_says_what_would_be_done(work: Path) -> None:
+    text = run(trunk(), "out", trust_code=True, dry_run=True).text()
+    assert "layers: share_trunk" in text
+    assert "depth: auto" in text
+    assert "data {'target': 'first'}" in text
+    assert "nothing was written" in text
+    assert not (work / "out").exists()
