@@ -208,3 +208,53 @@ def test_a_model_may_read_the_data_in_its_own_way() -> None:
         ("views", "no model is named 'none'"),
         ("views['plain']", "has the tasks ['data']"),
     ]
+
+
+def test_a_fusion_is_scored_with_each_input_missing() -> None:
+    x, y = classes()
+    models: dict[str, nn.Module] = {
+        "sharp": Scaled(3.0, 3.0, 3.0),
+        "dull": Scaled(1.0, 0.2, 0.1),
+        "same": Scaled(2.0, 1.0, 1.0),
+    }
+    data = [({"one": x, "two": x.flip(0).flip(0)}, y)]
+    reads = {"sharp": "one", "dull": "two", "same": "two"}
+    fusion = ModelFusion(models, "mean", head=3, inputs=reads, missing="token", example=data[0][0]).eval()
+    result = compare({"both": fusion, "other": pool()["good"]}, data, bootstrap=50, views={"other": [(x, y)]}, cost_batch=8)
+    assert [row.name for row in result.rows] == ["both", "both without one", "both without two", "other"]
+    assert [row.name for row in result.models] == ["both", "other"]
+    for name, gone in (("both without one", "one"), ("both without two", "two")):
+        with fusion.without(gone):
+            outputs = fusion(data[0][0]).detach()
+        assert result[name].score.value == score("accuracy", outputs, y)
+        assert (result[name].whole, result[name].weights) == ("both", {})
+        wanted = paired_difference("accuracy", outputs, fusion(data[0][0]).detach(), y, resamples=50)
+        assert result[name].change == pytest.approx(wanted)
+    assert result["both"].change is None
+    assert fusion.left_out == frozenset()
+    assert "| vs all inputs |" in result.markdown()
+    assert 'In a row "without" an input, that is missing from every example.' in result.caption()
+    assert Comparison.from_dict(json.loads(result.json())) == result
+    best = result.best()
+    assert best.whole is None
+    assert best.score.value == max(row.score.value for row in result.models)
+
+
+def test_inputs_are_taken_away_where_that_is_wanted() -> None:
+    x, y = classes()
+    models = {"a": Scaled(3.0, 3.0, 3.0), "b": Scaled(1.0, 0.2, 0.1)}
+    plain, tokens = (ModelFusion(models, head=3, missing=way, example=x).eval() for way in ("none", "token"))
+    for fusion, missing, rows in ((plain, None, 1), (plain, True, 3), (tokens, None, 3), (tokens, False, 1)):
+        assert len(compare({"f": fusion}, (x, y), missing=missing, bootstrap=10).rows) == rows
+    alone = ModelFusion(models, head=3, inputs={"a": "x", "b": "x"}, missing="token", example=x).eval()
+    assert len(compare({"f": alone}, (x, y), bootstrap=10).rows) == 1  # they read the same: nothing is left without it
+    with pytest.raises(OptionError, match=r"models\['f without a'\]: is the name of a row with an input missing"):
+        compare({"f": tokens, "f without a": plain}, (x, y))
+
+
+def test_a_comparison_written_before_there_were_such_rows_is_read() -> None:
+    result = compare(pool(), classes(), bootstrap=10)
+    values = result.to_dict()
+    for row in values["rows"]:
+        del row["whole"], row["change"]
+    assert Comparison.from_dict(values) == result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -92,6 +93,20 @@ def test_rows_figures_weights_and_methods_are_there(tmp_path: Path) -> None:
     heads = [attributes for tag, attributes in page.tags if tag == "th"]
     assert heads
     assert all(head.get("scope") in ("col", "row") for head in heads)
+
+
+def test_rows_without_an_input_are_in_the_table_and_not_in_the_plots(tmp_path: Path) -> None:
+    table = comparison("one", "two", "three")
+    part = dataclasses.replace(
+        table.rows[2], name="three without text", whole="three", change=Score(-0.3, -0.4, -0.2), weights={}
+    )
+    table = dataclasses.replace(table, rows=(*table.rows, part))
+    text = read(write_report(table, tmp_path / "r.html")).text
+    assert "vs all inputs" in text
+    assert "-0.3000" in text or "\u22120.3000" in text
+    assert "The same model with that input missing from every example" in text
+    names = [tag for tag, _ in read(tmp_path / "r.html").tags if tag == "li"]
+    assert len(names) == 2 * 3  # two plots' keys, three models
 
 
 def test_ids_are_unique(tmp_path: Path) -> None:

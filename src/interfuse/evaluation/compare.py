@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,20 @@ from interfuse.evaluation.cost import Cost, cost, device_of
 from interfuse.evaluation.metrics import AnyMetric, Metric, find_metric, interval, resampled
 from interfuse.inference.batches import batches, first
 from interfuse.inference.predict import Predictions, predict
+from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import split_batch
 from interfuse.progress import track
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What running one model gave: its score by task with the resampled ones, weights by task, and its cost."""
+    """What running one model gave: its score by task with the resampled ones, weights by task, and its cost.
+
+    whole: the model whose row this is once more, with one input missing.
+    """
 
     name: str
+    whole: str | None
     scores: dict[str, tuple[float, Tensor]]
     weights: dict[str, ClassWeights]
     cost: Cost
@@ -56,6 +61,7 @@ def compare(
     parents: Sequence[str] = (),
     best_parent: str | None = None,
     views: Mapping[str, Any] | None = None,
+    missing: bool | None = None,
     device: torch.device | str | None = None,
     cache: Path | str | None = None,
     progress: bool = True,
@@ -68,20 +74,23 @@ def compare(
     its own tokenizer, at its own image size), where it doesn't read `data` as it is. `bootstrap` is the number of
     resamples behind each interval. Costs are measured on the first `cost_batch` examples of the first batch, on the
     device that holds the model or on `device`. Where `parents` are named, every other model gets the paired difference to
-    `best_parent`, by default the parent with the best score on this same data. `cache` is the folder of frozen backbones'
+    `best_parent`, by default the parent with the best score on this same data. `missing` adds a row for each input of a
+    fusion, in which it is missing from every example ("fusion without text"), with the paired difference to the whole; left
+    out, to those with tokens for what is missing. `cache` is the folder of frozen backbones'
     features, or None. Raises `UserError`, with every problem in the arguments before a model is run.
     """
     named = _named(models)
     tasks, own = _tasks(data), {name: _tasks(view) for name, view in (views or {}).items()}
     sizes = {"batch_size": batch_size, "cost_batch": cost_batch, "bootstrap": bootstrap}
     problems = _problems(named, tasks, sizes, confidence, parents, best_parent, device)
+    runs_of = _passes(named, missing, problems)
     how = _How(_metric(metric, problems + _view_problems(named, tasks, own)), batch_size, bootstrap, seed, device, cache)
     examples = {name: _first_examples(view, cost_batch) for name, view in {"": tasks, **own}.items()}
     seen: dict[str, Tensor] = {}  # each task's targets, as the first model met them
     measure = how.metric
     runs = [
-        _run(name, model, own.get(name, tasks), examples.get(name, examples[""]), how, seen)
-        for name, model in track(named.items(), "comparing", len(named), shown=progress)
+        _run(name, gone, named[name], own.get(name, tasks), examples.get(name, examples[""]), how, seen)
+        for name, gone in track(runs_of, "comparing", len(runs_of), shown=progress)
     ]
     reference = _reference(runs, parents, best_parent, measure)
     return Comparison(
@@ -89,7 +98,7 @@ def compare(
         higher=measure.higher,
         tasks=tuple(tasks),
         examples=tuple(len(seen[task]) for task in tasks),
-        rows=tuple(_row(r, r.name in parents, reference, confidence) for r in runs),
+        rows=tuple(_row(r, r.whole is None and r.name in parents, reference, confidence, runs) for r in runs),
         confidence=confidence,
         resamples=bootstrap,
         best_parent=reference.name if reference else None,
@@ -110,18 +119,38 @@ class _How:
     cache: Path | str | None
 
 
-def _run(name: str, model: nn.Module, tasks: Mapping[str, Any], example: Any, how: _How, seen: dict[str, Tensor]) -> _Run:
-    """One model over all tasks, and what it costs on `example`."""
+def _passes(models: Mapping[str, nn.Module], missing: bool | None, problems: list[Problem]) -> list[tuple[str, str]]:
+    """(model, the input that is missing, "" for none) for each row; what is wrong is added to the problems."""
+    passes: list[tuple[str, str]] = []
+    for name, model in models.items():
+        passes.append((name, ""))
+        inputs = list(dict.fromkeys(model.inputs)) if isinstance(model, ModelFusion) else []
+        wanted = missing if missing is not None else isinstance(model, ModelFusion) and model.missing == "token"
+        passes += [(name, gone) for gone in inputs if wanted and len(inputs) > 1]
+    taken = [_title(name, gone) for name, gone in passes if gone]
+    problems += [Problem(f"models[{name!r}]", "is the name of a row with an input missing", "another name")
+                 for name in models if name in taken]  # fmt: skip
+    return passes
+
+
+def _title(name: str, gone: str) -> str:
+    return f"{name} without {gone}" if gone else name
+
+
+def _run(
+    name: str, gone: str, model: nn.Module, tasks: Mapping[str, Any], example: Any, how: _How, seen: dict[str, Tensor]
+) -> _Run:
+    """One model over all tasks, with the input `gone` missing where one is named, and what it costs on `example`."""
     scores, weights = {}, {}
-    with _on(model, how.device):
+    with _on(model, how.device), model.without(gone) if isinstance(model, ModelFusion) and gone else nullcontext():
         for number, (task, source) in enumerate(tasks.items()):
             found = predict(model, source, batch_size=how.batch_size, device=how.device, cache=how.cache, progress=False)
             with _naming(name, task if len(tasks) > 1 else ""):
                 wanted = _same_targets(found, seen, task)
                 scores[task] = resampled(how.metric, found.outputs, wanted, resamples=how.bootstrap, seed=how.seed + number)
-            if found.weights is not None:
+            if found.weights is not None and not gone:
                 weights[task] = _by_class(found.weights.detach().cpu(), wanted, model, source)
-        return _Run(name, scores, weights, cost(model, example))
+        return _Run(_title(name, gone), name if gone else None, scores, weights, cost(model, example))
 
 
 def _named(models: Mapping[str, nn.Module] | Sequence[nn.Module]) -> dict[str, nn.Module]:
@@ -279,25 +308,33 @@ def _reference(runs: list[_Run], parents: Sequence[str], best_parent: str | None
     """The parent that differences are taken to; the first of equals, and None where no parents are named."""
     if best_parent is not None:
         return next(run for run in runs if run.name == best_parent)
-    candidates = [run for run in runs if run.name in parents]
+    candidates = [run for run in runs if run.whole is None and run.name in parents]
     choose = max if metric.higher else min
     return choose(candidates, key=lambda run: run.score[0]) if candidates else None
 
 
-def _row(run: _Run, parent: bool, reference: _Run | None, confidence: float) -> Row:
-    (value, drawn), difference = run.score, None
-    if reference is not None and not parent:
-        other, other_drawn = reference.score
-        difference = Score(value - other, *interval(drawn - other_drawn, confidence))
+def _row(run: _Run, parent: bool, reference: _Run | None, confidence: float, runs: Sequence[_Run]) -> Row:
+    value, drawn = run.score
+    whole = next((other for other in runs if other.name == run.whole), None)
     return Row(
         name=run.name,
         parent=parent,
         score=Score(value, *interval(drawn, confidence)),
         scores={task: Score(v, *interval(d, confidence)) for task, (v, d) in run.scores.items()},
         cost=run.cost,
-        difference=difference,
+        difference=None if parent else _difference(run, reference, confidence),
         weights=run.weights,
+        whole=run.whole,
+        change=_difference(run, whole, confidence),
     )
+
+
+def _difference(run: _Run, other: _Run | None, confidence: float) -> Score | None:
+    """A run's score less another's, paired."""
+    if other is None:
+        return None
+    (value, drawn), (less, less_drawn) = run.score, other.score
+    return Score(value - less, *interval(drawn - less_drawn, confidence))
 
 
 def _described(device: torch.device | str) -> str:

@@ -45,6 +45,9 @@ class Row:
 
     `difference` is its score minus the best parent's, paired, for models that aren't parents. `weights` is there for a
     fusion that weighs its models, by task.
+
+    In a row of a fusion with one input missing from every example, `whole` is the row of the fusion with all inputs, and
+    `change` its score minus that one's, paired.
     """
 
     name: str
@@ -54,6 +57,8 @@ class Row:
     cost: Cost
     difference: Score | None = None
     weights: dict[str, ClassWeights] = dataclasses.field(default_factory=dict)
+    whole: str | None = None
+    change: Score | None = None
 
 
 class Column(NamedTuple):
@@ -93,8 +98,13 @@ class Comparison:
         raise OptionError(Problem("comparison", f"no model is named {name!r}", nearest(name, names)))
 
     def best(self) -> Row:
-        """The row with the best score; the first of equals."""
-        return (max if self.higher else min)(self.rows, key=lambda row: row.score.value)
+        """The row with the best score, of those with all inputs; the first of equals."""
+        return (max if self.higher else min)(self.models, key=lambda row: row.score.value)
+
+    @property
+    def models(self) -> tuple[Row, ...]:
+        """One row a model: without those in which an input is missing."""
+        return tuple(row for row in self.rows if row.whole is None)
 
     def columns(self) -> list[Column]:
         """The table as text, the names first."""
@@ -107,6 +117,9 @@ class Comparison:
         if any(row.difference for row in rows):
             cells = tuple(units.span(*row.difference, signed=True) if row.difference else "" for row in rows)
             parts.append(Column(f"vs {self.best_parent}", cells, frozenset()))
+        if any(row.change for row in rows):
+            cells = tuple(units.span(*row.change, signed=True) if row.change else "" for row in rows)
+            parts.append(Column("vs all inputs", cells, frozenset()))
         named = "/".join(map(str, batches))
         parts += [
             _cheapest("Parameters", [row.cost.parameters for row in rows], units.count),
@@ -135,6 +148,8 @@ class Comparison:
         text += f"{self.confidence:.0%} bootstrap intervals; costs on {self.device}."
         if self.best_parent is not None and self.chosen_here:
             text += f" {self.best_parent} is the best parent on this same data, which favours it a little."
+        if len(self.models) < len(self.rows):
+            text += ' In a row "without" an input, that is missing from every example.'
         return text
 
     def __rich__(self) -> Table:
@@ -167,6 +182,7 @@ class Comparison:
         result["tasks"], result["examples"] = list(self.tasks), list(self.examples)
         result["rows"] = [
             {**dataclasses.asdict(row), "score": row.score._asdict(), "difference": _named(row.difference)}
+            | {"change": _named(row.change)}
             | {"scores": {task: score._asdict() for task, score in row.scores.items()}}
             | {"weights": {task: _listed(weights) for task, weights in row.weights.items()}}
             for row in self.rows
@@ -185,6 +201,8 @@ class Comparison:
                 cost=Cost(**row["cost"]),
                 difference=Score(**row["difference"]) if row["difference"] else None,
                 weights={task: _class_weights(weights) for task, weights in row["weights"].items()},
+                whole=row.get("whole"),
+                change=Score(**row["change"]) if row.get("change") else None,
             )
             for row in values["rows"]
         )

@@ -133,8 +133,8 @@ def _figure(
     from markupsafe import Markup
 
     best = comparison.best()
-    shown = [row for row in comparison.rows if cost(row) > 0]
-    hidden = [row.name for row in comparison.rows if cost(row) <= 0]
+    shown = [row for row in comparison.models if cost(row) > 0]
+    hidden = [row.name for row in comparison.models if cost(row) <= 0]
 
     def drawn(labels: list[str], size: tuple[int, int]) -> str:
         points = [
@@ -187,6 +187,10 @@ def _method(comparison: Comparison) -> list[tuple[str, str]]:
         lines.append(
             (f"vs {comparison.best_parent}", f"The difference on the same resamples of the same examples (paired). {how}.")
         )
+    if len(comparison.models) < len(comparison.rows):
+        said = "The same model with that input missing from every example, by what it learned to put in its place."
+        lines.append(("without ...", said))
+        lines.append(("vs all inputs", "The difference to the same model with all inputs, on the same resamples (paired)."))
     return [
         *lines,
         ("Parameters", "Elements of all parameters, shared ones once. Trainable: those that require gradients."),
