@@ -22,16 +22,17 @@ def mean_of(records: Records, which: str, part: str) -> float:
     return fmean(record[which][part] for record in records.values())
 
 
-def chosen(results: Sequence[Result], prices: Prices, records: Records) -> Result:
-    """The smallest whose validation mean is within a point of the experts'; of one size the best. None at all is an error."""
+def chosen(results: Sequence[Result], prices: Prices, records: Records) -> Result | None:
+    """The smallest whose validation mean is within a point of the experts', of one size the best; None where there is none."""
     floor = mean_of(records, "expert", "validation") - POINT
     fine = [found for found in results if found.mean >= floor]
-    return min(fine, key=lambda found: (prices[str(found.depth)]["parameters"], -found.mean))
+    return min(fine, key=lambda found: (prices[str(found.depth)]["parameters"], -found.mean), default=None)
 
 
-def markdown(results: Sequence[Result], prices: Prices, records: Records, point: Result) -> str:
+def markdown(results: Sequence[Result], prices: Prices, records: Records, point: Result | None) -> str:
     """Experts; merged networks by method and depth; networks trained further; what was chosen."""
-    return "\n\n".join([_experts(records), _merged(results), _tuned(results, prices, records), _chosen(prices, records, point)])
+    parts = [_experts(records), _merged(results), _tested(results, prices, records)]
+    return "\n\n".join([*parts, *([] if point is None else [_chosen(prices, records, point)])])
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -69,7 +70,7 @@ def _merged(results: Sequence[Result]) -> str:
     return f"## Merged, nothing trained\n\n{_table([heads, *rows])}\n\n{about}"
 
 
-def _tuned(results: Sequence[Result], prices: Prices, records: Records) -> str:
+def _tested(results: Sequence[Result], prices: Prices, records: Records) -> str:
     heads = ["Shared", "Merged by", "Then", "Parameters", "FLOPs/text", "Latency", "Validation", "Test", "Trained, s"]
     expert = {part: f"{mean_of(records, 'expert', part):.4f}" for part in ("validation", "test")}
     spent = f"{sum(record['seconds'] for record in records.values()):.0f}"
@@ -83,7 +84,7 @@ def _tuned(results: Sequence[Result], prices: Prices, records: Records) -> str:
         "Mean accuracies. Latency: 32 texts through all tasks in one pass. The first row's time is that of training the"
         " experts. Times were taken beside other work."
     )
-    return f"## What is left trained further\n\n{_table([heads, *rows])}\n\n{about}"
+    return f"## Merged, and trained further: tested\n\n{_table([heads, *rows])}\n\n{about}"
 
 
 def _price(price: Mapping[str, float]) -> list[str]:
@@ -100,7 +101,7 @@ def _chosen(prices: Prices, records: Records, point: Result) -> str:
         ["chosen, test", *(f"{value:.4f}" for value in point.test.values())],
     ]
     how = f"{shown(point.depth)} shared, `{point.method}`, {TUNINGS[point.tuning]}"
-    return f"## Chosen\n\n{how}: {ratio:.1f} times fewer parameters than the experts. {told}.\n\n{_table([heads, *rows])}"
+    return f"## Chosen\n\n{how}: {ratio:.1f} times fewer parameters than the experts; {told}.\n\n{_table([heads, *rows])}"
 
 
 def shown(depth: int | str) -> str:
@@ -108,7 +109,7 @@ def shown(depth: int | str) -> str:
     return "embeddings" if isinstance(depth, str) else f"{depth} layer{'s' * (depth > 1)}"
 
 
-def figure(results: Sequence[Result], prices: Prices, records: Records, point: Result, path: Path) -> None:
+def figure(results: Sequence[Result], prices: Prices, records: Records, point: Result | None, path: Path) -> None:
     """Mean validation accuracy against parameters and against latency, a line a method, a mark for each that was trained."""
     drawn = Figure(figsize=(9, 3.8), layout="constrained")
     sides = drawn.subplots(1, 2, sharey=True)
@@ -126,7 +127,10 @@ def figure(results: Sequence[Result], prices: Prices, records: Records, point: R
             at = [prices[str(r.depth)][key] * scale for r in some]
             axes.plot(at, [r.mean for r in some], mark, markersize=6, color="black", mfc="none", label=f"trained: {tuning}")
         axes.axhline(expert - POINT, color="0.6", linestyle=":", label="experts - 1 point")
-        axes.plot([prices[str(point.depth)][key] * scale], [point.mean], "*", markersize=12, color="tab:red", label="chosen")
+        if point is not None:
+            axes.plot(
+                [prices[str(point.depth)][key] * scale], [point.mean], "*", markersize=12, color="tab:red", label="chosen"
+            )
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     sides[0].axvline(prices["0"]["parameters"] * 1e-6 / 3, color="0.8", linestyle="--", label="a third of the experts")
