@@ -36,23 +36,18 @@ PICTURE = "![Mean accuracy against parameters and latency, from eight experts to
 TUNED: tuple[tuple[int, Tuning], ...] = ((6, "all"), (3, "own"), (6, "own"), (6, "distilled"), (3, "all"))
 
 
-def best_method(given: Given) -> str:
-    """The method with the best mean on validation texts, over half of the layers shared and all."""
-    depths = (LAYERS // 2, LAYERS)
-    return max(METHODS, key=lambda method: sum(result(given, depth, method).mean for depth in depths))
-
-
 def measure(given: Given) -> None:
-    """All points, the most telling first."""
-    best = best_method(given)
-    for depth in reversed(DEPTHS):
+    """All points, the most telling first. Further trained are those of the method that is best with all layers shared."""
+    best = max(METHODS, key=lambda method: result(given, LAYERS, method).mean)
+    for depth in (3, 4, 5):
         result(given, depth, best)
     for depth, tuning in TUNED:
         result(given, depth, best, tuning, test=True)
-    for depth in (LAYERS // 2, LAYERS):
+    for depth in (3, LAYERS):
         result(given, depth, best, test=True)
-    for depth in DEPTHS:
-        result(given, depth, "linear")
+    for method in (best, "linear", *METHODS):
+        for depth in DEPTHS if method in (best, "linear") else (3, LAYERS):
+            result(given, depth, method)
 
 
 def main() -> None:
