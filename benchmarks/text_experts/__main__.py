@@ -39,12 +39,12 @@ TUNED: tuple[tuple[int, Tuning], ...] = ((6, "all"), (3, "own"), (6, "own"), (6,
 def measure(given: Given) -> None:
     """All points, the most telling first. Further trained are those of the method that is best with all layers shared."""
     best = max(METHODS, key=lambda method: result(given, LAYERS, method).mean)
-    for depth in (3, 4, 5):
-        result(given, depth, best)
-    for depth, tuning in TUNED:
-        result(given, depth, best, tuning, test=True)
-    for depth in (3, LAYERS):
-        result(given, depth, best, test=True)
+    for k in (3, 4, 5):
+        result(given, k, best)
+    for k, tuning in TUNED:
+        result(given, k, best, tuning, test=True)
+    for k in (3, LAYERS):
+        result(given, k, best, test=True)
     for method in (best, "linear", *METHODS):
         for depth in DEPTHS if method in (best, "linear") else (3, LAYERS):
             result(given, depth, method)
