@@ -9,6 +9,7 @@ from interfuse.methods import average as average
 from interfuse.methods import balance as balance
 from interfuse.methods import geodesic as geodesic
 from interfuse.methods import knots as knots
+from interfuse.methods import learned as learned
 from interfuse.methods import regression as regression
 from interfuse.methods import selection as selection
 from interfuse.methods import sparse as sparse

@@ -20,6 +20,7 @@ from interfuse.plan import plan_merge, uncollected
 from interfuse.recipe import Recipe
 from interfuse.recipe.chain import UNREADABLE
 from interfuse.recipe.check import chooses, method_of, names_of, options_of
+from interfuse.recipe.learned import learns
 from interfuse.recipe.pieces import places, references
 from interfuse.recipe.references import Reference
 from interfuse.recipe.values import matcher, pattern_problems
@@ -90,7 +91,8 @@ def models_problems(recipe: Recipe, found: Sequence[Problem], known: Sequence[st
     from interfuse.engine.wording import source_problems
 
     at_fault = [problem.path for problem in found]
-    sound = not chooses(recipe) and not any(path.startswith(_NUMBERS) or "parameters" in path for path in at_fault)
+    numbers = any(path.startswith(_NUMBERS) or "parameters" in path for path in at_fault)
+    sound = not (chooses(recipe) or learns(recipe) or numbers)
     plain = recipe if sound else Recipe.model_validate(_without_numbers(recipe.model_dump(exclude_defaults=True)))
     where = places(plain)
     asked = not any(path.startswith(_WORDS) for path in at_fault)

@@ -27,14 +27,14 @@ from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import split_batch
 from interfuse.pipeline.classes import UNNAMED, Spaces, spaces_of
 from interfuse.pipeline.finished import is_saved, load_network
-from interfuse.pipeline.layers import put_layers
 from interfuse.pipeline.reading import load_sets as load_sets
 from interfuse.pipeline.reading import reference_of
 from interfuse.pipeline.teaching import teach
-from interfuse.pipeline.trial import try_networks
+from interfuse.pipeline.trial import check_whole, try_networks
 from interfuse.recipe import Recipe
-from interfuse.recipe.check import experts_of, names_of, options_of, weights_of
+from interfuse.recipe.check import experts_of, names_of, options_of
 from interfuse.recipe.outputs import STUDENT
+from interfuse.recipe.reads import reads_of
 from interfuse.recipe.schema import ModelEntry
 from interfuse.saving import write_model
 from interfuse.training.fit import fit
@@ -60,13 +60,12 @@ def run_networks(recipe: Recipe, folder: Path, *, trust_code: bool, device: str 
     hashes = {name: open_checkpoint(network).hash() for name, network in networks.items()}
     spaces = spaces_of(recipe, networks)
     sets = load_sets(recipe, trust_code=trust_code, spaces=spaces)
+    if recipe.form != "fusion":
+        check_whole(sets)
     if sets:
         try_networks(_reading(recipe, networks), next(iter(sets.values())))
     result = Result(assemble(recipe, networks, sets.get("train"), spaces), hashes=hashes, classes=_classes(sets, spaces))
     notes = [spaces.note] if spaces.note else []
-    if recipe.form == "layers":
-        on = lightning_on(place)
-        result.training, result.notes = put_layers(recipe, result.model, networks, sets, on, progress=progress)
     if "train" in sets and recipe.form in ("fusion", "single"):
         result.training = train(recipe, result.model, sets, place, progress=progress)
     if recipe.form == "distill":
@@ -75,7 +74,7 @@ def run_networks(recipe: Recipe, folder: Path, *, trust_code: bool, device: str 
         notes += said
     if isinstance(result.model, Ensemble) and "validation" in sets:
         notes.append(str(result.model.calibrate(sets["validation"], seed=recipe.seed, device=place, progress=progress)))
-    result.notes = (*result.notes, *notes)
+    result.notes = tuple(notes)
     if "test" in sets:
         result.test = evaluate(recipe, result.model, sets["test"], place, progress=progress)
     result.model.to("cpu")
@@ -103,8 +102,6 @@ def _classes(sets: Mapping[str, Data], spaces: Spaces = UNNAMED) -> tuple[str, .
 
 def _reading(recipe: Recipe, networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """The networks that read the data, by the names that inputs go by."""
-    if recipe.form == "layers":
-        return {TARGET: networks[TARGET]}
     called = {TARGET: STUDENT} if recipe.form == "distill" else {}
     return {called.get(name, name): network for name, network in networks.items() if name != BASE}
 
@@ -173,18 +170,12 @@ def assemble(
 ) -> nn.Module:  # fmt: skip
     """The model that the recipe describes, not yet trained."""
     options = options_of(recipe)
-    if recipe.form in ("layers", "distill"):
+    if recipe.form == "distill":
         return networks[TARGET]
     if recipe.form == "single":
         return next(iter(networks.values()))
     if recipe.form == "merge":
-        experts = [network for name, network in networks.items() if name != BASE]
-        dtype = recipe.out_dtype or recipe.dtype
-        merged = merge(
-            str(recipe.merge_method), experts, base=networks.get(BASE), weights=weights_of(recipe), dtype=dtype, **options
-        )
-        assert isinstance(merged, nn.Module)
-        return merged
+        return merged_networks(recipe, networks)
     model: ModelFusion | Ensemble
     if recipe.form == "ensemble":
         model = Ensemble(networks, **{**options, "classes": spaces.own, "copy": False})
@@ -196,11 +187,27 @@ def assemble(
             head=_head(recipe, data),
             taps={name: entry.tap for name, entry in named.items()},
             freeze={name: entry.freeze is not False for name, entry in named.items()},
+            inputs=reads_of(recipe, list(named)),
             copy=False,
             **options,
         )
     model.references = tuple(None if is_saved(entry.model) else entry.model for entry in recipe.models)
     return model
+
+
+def merged_networks(recipe: Recipe, networks: Mapping[str, nn.Module]) -> nn.Module:
+    """The merge of networks in memory that a recipe describes, a model's own parameters before all models'."""
+    experts = {name: network for name, network in networks.items() if name != BASE}
+    entries = dict(zip(names_of(recipe), recipe.models, strict=True))
+    own: dict[str, dict[str, Any]] = {}
+    for name in experts:
+        for option, value in entries[name].parameters.items():
+            own.setdefault(option, {})[name] = value
+    options: dict[str, Any] = {**recipe.parameters, **own, "dtype": recipe.out_dtype or recipe.dtype, "seed": recipe.seed}
+    options |= {"drop": recipe.drop, "keep": recipe.keep}
+    merged = merge(str(recipe.merge_method), experts, base=networks.get(BASE), **options)
+    assert isinstance(merged, nn.Module)
+    return merged
 
 
 def _head(recipe: Recipe, data: Data | None) -> int:
@@ -247,7 +254,18 @@ def evaluate(recipe: Recipe, model: nn.Module, data: Data, device: str, *, progr
     assert found.targets is not None
     value, drawn = resampled(metric, found.outputs, found.targets, seed=recipe.seed)
     low, high = interval(drawn)
-    return {"metric": metric, "value": value, "low": low, "high": high, "examples": len(found.targets)}
+    record = {"metric": metric, "value": value, "low": low, "high": high, "examples": len(found.targets)}
+    inputs = list(dict.fromkeys(model.inputs)) if isinstance(model, ModelFusion) and model.missing == "token" else []
+    without: dict[str, Any] = {}
+    for name in inputs if len(inputs) > 1 else ():
+        assert isinstance(model, ModelFusion)
+        with model.without(name):
+            less = predict(model, data, device=device, cache=default_folder(), progress=progress, **size)
+        other, redrawn = resampled(metric, less.outputs, found.targets, seed=recipe.seed)
+        ends, change = interval(redrawn), interval(redrawn - drawn)
+        without[name] = {"value": other, "low": ends[0], "high": ends[1]}
+        without[name] |= {"change": other - value, "change_low": change[0], "change_high": change[1]}
+    return record | ({"without": without} if without else {})
 
 
 def default_metric(data: Data) -> str:

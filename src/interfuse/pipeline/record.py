@@ -26,6 +26,8 @@ from interfuse.report.plan import text
 
 RECIPE = "recipe.yaml"
 DESCRIPTION = "interfuse.json"
+#: Where finished stages are kept in an output that isn't whole yet.
+STAGES = ".stages"
 #: What isn't written down, or the same recipe would give another folder each time.
 _OF_ONE_RUN = ("out", "plan", "here", "before")
 _TIMES = ("seconds", "train_seconds")
@@ -40,10 +42,12 @@ class RunRecord:
     out: the folder, None in a dry run. form: fusion, layers, ensemble, merge or single; method: its name, "" for a model alone.
     plan: what was, or would be, done: of a merge of files as data (docs/recipes.md), else as text; here: what such a merge
     would take of this machine, in a dry run. inputs: models and data sets with SHA-256 hashes, where they have one.
-    training: `FitRecord` as a dict. test: metric, value, low and high (95% bootstrap interval), examples.
+    training: `FitRecord` as a dict. test: metric, value, low and high (95% bootstrap interval), examples; of a fusion with
+    tokens `without`: for each input value, low and high with it missing, and the paired change with its interval.
     tasks: of a shared trunk or tied networks, each task's test, that of its model before, and its classes; curve: the sweep
     over depths; stitch: how well the map fits, and what quality survives.
     soup: how a soup's models were chosen: metric, validation data, value, steps; None for other runs.
+    coefficients: how merge coefficients were learned: options, data by task, history, values and the tensors of each group.
     classes: the names of the classes, in the order of the outputs; None for numbers. notes: what was resolved on the way.
     seconds: all of it; like every other time it isn't written down, for no two runs agree on it. before: whether an earlier
     run had finished it, so that nothing was left to do.
@@ -61,6 +65,7 @@ class RunRecord:
     test: dict[str, Any] | None = None
     classes: tuple[str, ...] | None = None
     soup: dict[str, Any] | None = None
+    coefficients: dict[str, Any] | None = None
     tasks: dict[str, dict[str, Any]] | None = None
     curve: dict[str, Any] | None = None
     stitch: dict[str, Any] | None = None
@@ -81,6 +86,9 @@ class RunRecord:
         if self.out is None:
             plan = self.plan if isinstance(self.plan, str) else text(self.plan, self.here, width=width)
             choice = f"which of these are averaged is chosen on {self.soup['validation']}\n" if self.soup is not None else ""
+            if self.coefficients is not None:
+                sources = listed(list(dict.fromkeys(part["source"] for part in self.coefficients["data"].values())))
+                choice = f"the weights are where learning begins: {self.coefficients['steps']} steps on {sources}\n"
             return f"{plan}\n{choice}nothing was written (dry run)"
         end = "finished by an earlier run, nothing was left to do" if self.before else f"in {self.seconds:.1f} s"
         lines = [f"{self.out}: {self.title()}, {end}"]
@@ -103,20 +111,42 @@ class RunRecord:
                 what = "kept" if step["kept"] else "left out"
                 value = f"{self.soup['metric']} {step['value']:.4g} on validation"
                 lines.append(f"{'+ ' if i else ''}{step['model']}: {value}, {what}")
+        if self.coefficients is not None:
+            lines += _coefficients(self.coefficients)
         if self.training is not None and self.training["best"]:
             values = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in self.training["best"].items())
             lines.append(f"best epoch {self.training['best_epoch']}: {values}")
         if self.test is not None:
             lines.append(_scored(self.test))
+            lines += [_without(name, about) for name, about in self.test.get("without", {}).items()]
         for name, task in (self.tasks or {}).items():
             if task["test"] is not None:
                 lines.append(f"{name}: {_scored(task['test'])}; before {task['before']['value']:.4g}")
         return lines
 
 
+def _without(name: str, about: dict[str, Any]) -> str:
+    interval = f"95% interval {about['change_low']:+.4g} to {about['change_high']:+.4g}"
+    return f"without {name} {about['value']:.4g} ({about['change']:+.4g}, {interval})"
+
+
 def _scored(test: dict[str, Any]) -> str:
     interval = f"95% interval {test['low']:.4g} to {test['high']:.4g}, {test['examples']} examples"
     return f"test {test['metric']} {test['value']:.4g} ({interval})"
+
+
+def _coefficients(about: dict[str, Any]) -> list[str]:
+    """What was learned, one line for all and one a task."""
+    history = about["history"]
+    if not history:
+        return []
+    loss = f"{about['objective']} {history[0]['loss']:.4g} -> {history[-1]['loss']:.4g} in {len(history)} steps"
+    lines = [f"coefficients learned on {about['split']} data by {loss}"]
+    for task, values in about["values"].items():
+        low, high = min(values.values()), max(values.values())
+        shown = f"{low:.4g}" if len(values) == 1 else f"{low:.4g} to {high:.4g} over {len(values)} groups of layers"
+        lines.append(f"coefficient of {task}: {shown}")
+    return lines
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +21,10 @@ from interfuse.errors import OptionError, Problem, nearest
 from interfuse.pipeline.adapting import merges_adapters, run_adapters
 from interfuse.pipeline.finished import code_of, description, is_saved
 from interfuse.pipeline.intended import finished_before, intended, machine, models_problems, planned, written
-from interfuse.pipeline.record import RunRecord, hash_data, versions, write
+from interfuse.pipeline.record import STAGES, RunRecord, hash_data, versions, write
 from interfuse.recipe import Recipe, check_recipes
-from interfuse.recipe.check import TRUST, chooses, names_of
+from interfuse.recipe.check import TRUST, chooses, method_of, names_of
+from interfuse.recipe.learned import learns
 from interfuse.recipe.own_data import named
 from interfuse.recipe.pieces import references
 from interfuse.recipe.schema import TARGETED
@@ -54,8 +56,8 @@ def run(
     """Run a recipe: merge, fuse, train, evaluate, and write the model and its record to the folder `out`.
 
     recipe: a YAML file, or a mapping; or several, of which later ones merge what earlier ones give. out: appears whole or
-    not at all; one that is there needs `overwrite`. resume: a merge of files goes on where a run that was killed was, and one
-    that was finished, of the same recipe and models, is left as it is. trust_code: allow `python:` references. seed: in place
+    not at all; one that is there needs `overwrite`. resume: a merge of files, or stages, go on where a run that was killed was,
+    and a merge that was finished, of the same recipe and models, is left as it is. trust_code: allow `python:` references. seed: in place
     of the recipe's. threads: the merge's, or torch's, for this run. device: "cpu" or "cuda"; left out, cuda for networks, if
     there is one, and the CPU for merges. dry_run: check all, write nothing. allow_nonfinite: NaN and infinity may be merged.
     mergekit_compat: follow mergekit (docs/mergekit.md).
@@ -68,7 +70,7 @@ def run(
     chain = tuple(read.model_copy(update={} if seed is None else {"seed": seed}) for read in chain)
     _check_options(seed, threads, device)
     how: dict[str, Any] = {"trust_code": trust_code, "threads": threads, "device": device, "progress": progress}
-    chain, soup = _with_chosen(chain, Path(out), beside, overwrite=overwrite or resume, dry_run=dry_run, **how)
+    chain, how_found = _with_chosen(chain, Path(out), beside, overwrite=overwrite or resume, dry_run=dry_run, **how)
     checked, of_files = chain[-1], merges_files(chain)
     if merges_adapters(chain):
         return run_adapters(checked, out, overwrite=overwrite, dry_run=dry_run, progress=progress)
@@ -79,7 +81,8 @@ def run(
     output: dict[str, Any] = {"overwrite": overwrite, "inputs": _inputs(chain)}
     stages = planned(chain if of_files else (), out, compat=mergekit_compat, **output)
     _, plan, sources = stages[-1] if stages else (None, None, [])
-    record = dataclasses.replace(intended(checked, stages), soup=soup)
+    record = intended(checked, stages)
+    record = dataclasses.replace(record, **how_found | {"papers": (*how_found.get("papers", ()), *record.papers)})
     if dry_run:
         here = machine(stages, out, threads)
         return dataclasses.replace(record, here=here, versions=versions(), seconds=time.monotonic() - started)
@@ -90,6 +93,8 @@ def run(
                 threads=threads, allow_nonfinite=allow_nonfinite, resume=resume, progress=progress, device=device_for(device),
             )  # fmt: skip
         found: Any = None
+        if plan is None:
+            _emptied(folder, STAGES if checked.fusion == "stages" else "")
         if plan is None or checked.data is not None:
             from interfuse.pipeline import networks
 
@@ -114,12 +119,20 @@ def _learned(found: Any) -> dict[str, Any]:
     return {key: getattr(found, key, None) for key in ("training", "test", "classes", "tasks", "curve", "stitch")}
 
 
+def _emptied(folder: Path, kept: str) -> None:
+    """Take away what a run that was killed has left, but for what is kept to go on with."""
+    for item in folder.iterdir():
+        if item.name != kept:
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+
 def _step(recipe: Recipe) -> Callable[..., Any]:
     """What runs a recipe of networks."""
-    if recipe.form == "layers" and recipe.fusion not in TARGETED:
+    if recipe.form == "layers":
         from interfuse.pipeline.joined import run_joined
+        from interfuse.pipeline.layers import run_layers
 
-        return run_joined
+        return run_layers if recipe.fusion in TARGETED else run_joined
     from interfuse.pipeline.networks import run_networks
 
     return run_networks
@@ -127,14 +140,24 @@ def _step(recipe: Recipe) -> Callable[..., Any]:
 
 def _with_chosen(
     chain: tuple[Recipe, ...], out: Path, beside: Path | None, **options: Any
-) -> tuple[tuple[Recipe, ...], dict[str, Any] | None]:
-    """The recipes, a soup's with the models that its data chooses, and how they were chosen (None: there is nothing to)."""
-    if not chooses(chain[-1]):
-        return chain, None
-    from interfuse.pipeline.soup import chosen_soup
+) -> tuple[tuple[Recipe, ...], dict[str, Any]]:
+    """The recipes, a soup's with the models that its data choose, one of learned coefficients with these; and what the record
+    says of how they were found."""
+    given: dict[str, Any] = {"inputs": _inputs(chain), "of_files": merges_files(chain), **options}
+    if chooses(chain[-1]):
+        from interfuse.pipeline.soup import chosen_soup
 
-    with code_beside(beside):
-        return chosen_soup(chain[-1], out, inputs=_inputs(chain), of_files=merges_files(chain), **options)
+        with code_beside(beside):
+            plain, found = chosen_soup(chain[-1], out, **given)
+        return plain, {"soup": found}
+    if learns(chain[-1]):
+        from interfuse.pipeline.learned import learned_merge
+
+        with code_beside(beside):
+            plain, found = learned_merge(chain[-1], out, **given)
+        method = method_of(chain[-1])
+        return plain, {"coefficients": found, "papers": (method.paper,) if method is not None else ()}
+    return chain, {}
 
 
 @contextmanager
@@ -173,7 +196,8 @@ def _further(recipe: Recipe, trust_code: bool) -> list[Problem]:
         from interfuse.pipeline.networks import names_problems
 
         problems += names_problems(recipe)
-    key = "test" if recipe.data is not None and recipe.data.test is not None else "validation"
+    tested = recipe.data is not None and recipe.data.test is not None
+    key = "test" if tested else "validation"
     evaluated = recipe.data is not None and (recipe.data.test is not None or chooses(recipe))
     if evaluated and recipe.models and merges_files([recipe]):
         reference = Path(recipe.base_model or recipe.models[0].model)

@@ -17,10 +17,12 @@ from interfuse.checkpoints.adapters.pairs import is_adapter
 from interfuse.checkpoints.tasks import on_disk
 from interfuse.errors import OptionError, Problem
 from interfuse.recipe.layers import STITCHED, layers_problems
+from interfuse.recipe.learned import learned_problems, learns
 from interfuse.recipe.merges import BESIDE, entries_in, is_plain, merge_problems, tokenizer_models
 from interfuse.recipe.outputs import outputs_problems, readers
 from interfuse.recipe.own_data import named
 from interfuse.recipe.pieces import pieces
+from interfuse.recipe.reads import reads_problems
 from interfuse.recipe.references import Reference
 from interfuse.recipe.schema import APART, ModelEntry, Recipe, Wide
 from interfuse.registry import Level, Method, find, problems_of
@@ -121,11 +123,13 @@ def experts_of(recipe: Recipe) -> list[ModelEntry]:
 def form_problems(recipe: Recipe) -> list[Problem]:
     """Every problem that can be seen in the recipe alone."""
     further = outputs_problems(recipe, names_of(recipe))
+    further += learned_problems(recipe, experts_of(recipe)) if learns(recipe) else []
     return [
         *_shape(recipe),
         *_method(recipe),
         *_misplaced(recipe),
         *layers_problems(recipe, names_of(recipe)),
+        *reads_problems(recipe, names_of(recipe)),
         *_data(recipe),
         *further,
     ]
@@ -198,7 +202,7 @@ def _misplaced(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(key, f"means something only with fusion: {' or '.join(users)}", _REMOVE)
     if form != "fusion" and recipe.head is not None:
         yield Problem("head", "only a fusion of features gets a head", _REMOVE)
-    if form in ("merge", "ensemble") and recipe.training is not None:
+    if form in ("merge", "ensemble") and recipe.training is not None and not learns(recipe):
         yield Problem("training", f"{'a merge' if form == 'merge' else 'an ensemble'} isn't trained", _REMOVE)
     for path, entry in entries_in(recipe):
         if form != "merge" and entry.parameters:
@@ -225,6 +229,8 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
         yield from _choice(recipe, train, validation, test)
     elif form == "ensemble":
         yield from _calibration(recipe, train, validation, test)
+    elif learns(recipe):
+        pass  # `learned_problems` looks at it
     elif (form == "merge" or recipe.fusion == "transplant") and (train is not None or validation is not None):
         yield Problem("data.train" if train is not None else "data.validation", "nothing is trained here", _REMOVE)
     elif validation is not None and train is None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from interfuse.errors import OptionError, Problem, nearest
+from interfuse.recipe.learned import learns
 from interfuse.recipe.own_data import effective, place_of
 from interfuse.recipe.schema import TARGETED, TASKS, Recipe
 from interfuse.recipe.sections import Stage
@@ -22,8 +23,9 @@ _REMOVE = "remove the key"
 def layers_problems(recipe: Recipe, names: Sequence[str]) -> Iterator[Problem]:
     """What is wrong with a recipe of layers, and with data of a model's own in any other."""
     for i, entry in enumerate(recipe.models):
-        if entry.data is not None and recipe.fusion not in TASKS:
-            yield Problem(f"models[{i}].data", "a model has its own only with fusion: share_trunk or fusion: tie", "use `data`")
+        if entry.data is not None and recipe.fusion not in TASKS and not learns(recipe):
+            users = "fusion: share_trunk, fusion: tie or merge_method: adamerging"
+            yield Problem(f"models[{i}].data", f"a model has its own only with {users}", "use `data`")
     if recipe.form != "layers":
         return
     if recipe.fusion in TARGETED and recipe.target is None:
@@ -73,8 +75,12 @@ def _stage_data(recipe: Recipe, stage: Stage, at: str) -> Iterator[Problem]:
     data = effective(recipe, stage.data)
     if stage.data is not None and stage.data.test is not None:
         yield Problem(f"{at}.data.test", "a stage isn't evaluated", "give it under the recipe's `data`")
-    if stage.data is not None and not trains(stage, recipe):
+    if stage.grow is not None and not (stage.grow.wider or stage.grow.deeper):
+        yield Problem(f"{at}.grow", "nothing is named", "give wider: {path: width} or deeper: [path]")
+    if stage.data is not None and stage.grow is None and not trains(stage, recipe):
         yield Problem(f"{at}.data", "this stage trains nothing", _REMOVE)
+    if stage.grow is not None and data.train is None:
+        yield Problem("data.train", "missing", "growth is tried on examples: give data, here or in the stage's `data`")
     if not trains(stage, recipe):
         return
     if data.train is None:
@@ -120,9 +126,9 @@ def _merge_of_trunks(recipe: Recipe) -> Iterator[Problem]:
     except OptionError as error:
         yield from error.problems
         return
-    if "validation data" in method.needs:
-        others = [other.name for other in methods("weights") if "validation data" not in other.needs]
-        yield Problem("parameters.method", f"{name} chooses among whole models", nearest(name, others))
+    if "data" in method.needs:
+        others = [other.name for other in methods("weights") if "data" not in other.needs]
+        yield Problem("parameters.method", f"{name} learns from whole models", nearest(name, others))
         return
     if method.needs.startswith("a base") and recipe.base_model is None:
         yield Problem("base_model", "missing", f"{name} works on differences from a base")

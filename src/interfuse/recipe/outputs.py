@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from interfuse.errors import Problem, nearest
+from interfuse.recipe.learned import learns
 from interfuse.recipe.schema import Recipe
 
 #: What a distillation calls its target where inputs go by models' names.
@@ -102,6 +103,6 @@ def _hints(recipe: Recipe, names: Sequence[str]) -> Iterator[Problem]:
 
 def _labels(recipe: Recipe) -> Iterator[Problem]:
     """Data without labels where labels are learned from."""
-    unread = recipe.form == "distill" or (recipe.fusion == "stitch" and recipe.training is None)
+    unread = recipe.form == "distill" or learns(recipe) or (recipe.fusion == "stitch" and recipe.training is None)
     if recipe.data is not None and recipe.data.labels is False and not unread:
         yield Problem("data.labels", "false, where labels are learned from", "remove the key, or give fusion: distill")
