@@ -143,7 +143,7 @@ def test_fit_trains_what_joins_them_and_save_keeps_it(tmp_path: Path) -> None:
         for holder in (network, original):
             assert all(torch.equal(holder.state_dict()[key], value) for key, value in state.items())
     itf.save(model, tmp_path / "out")
-    again = itf.load(tmp_path / "out", CrossStitch([mlp(6, 2), mlp(4, 3)], ["2", "4"], X))
+    again = itf.load(tmp_path / "out", [mlp(6, 2), mlp(4, 3)])
     assert torch.equal(again(X), model(X))
 
 
@@ -168,3 +168,38 @@ def test_wrong_places_are_said_all_at_once() -> None:
 
     with pytest.raises(ModelError, match="'drop' is used after 'second' too"):
         CrossStitch([Round(), Round()], ["second"], X)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_head_for_all_begins_as_the_mean_of_theirs(case: str) -> None:
+    models, at = CASES[case]
+    own, shared = CrossStitch(models, at, X), CrossStitch(models, at, X, head=5)
+    with torch.no_grad():
+        torch.testing.assert_close(shared(X), own(X), atol=1e-5, rtol=1e-5)
+        assert all(map(torch.equal, shared.each(X), own.each(X)))
+    assert shared.head is not None
+    assert {name for name, p in shared.named_parameters() if p.requires_grad} >= {"head.weight", "head.bias"}
+
+
+def test_one_head_joins_networks_of_other_classes_and_is_trained_alone(tmp_path: Path) -> None:
+    other = mlp(4, 1)
+    other[5] = nn.Linear(4, 2)
+    models = {"a": mlp(6, 0), "b": other}
+    with pytest.raises(ModelError, match="predictions of different shapes"):
+        CrossStitch(models, ["2"], X)(X)
+    model = CrossStitch(models, ["2"], X, head=3, freeze=False)
+    heads = [module.state_dict()["5.weight"].clone() for module in model.backbones]
+    first = model.backbones[0].state_dict()["1.weight"].clone()
+    targets = X.flatten(1)[:, :3].argmax(1)
+    record = itf.fit(model, (X, targets), (X, targets), epochs=3, learning_rate=1e-2, progress=False)
+    assert record.best["validation_loss"] < record.history[0]["validation_loss"]
+    assert all(torch.equal(n.state_dict()["5.weight"], head) for n, head in zip(model.backbones, heads, strict=True))
+    assert not torch.equal(model.backbones[0].state_dict()["1.weight"], first)
+    itf.save(model, tmp_path / "out")
+    fresh = mlp(4, 7)
+    fresh[5] = nn.Linear(4, 2)
+    again = itf.load(tmp_path / "out", [mlp(6, 9), fresh])  # no example is needed
+    assert isinstance(again, CrossStitch)
+    assert torch.equal(again(X), model.eval()(X))
+    with pytest.raises(OptionError, match="head: got 0"):
+        CrossStitch([mlp(6, 0), mlp(6, 1)], ["2"], X, head=0)

@@ -4,7 +4,8 @@
 
 (Misra et al. 2016, 1604.03539.) There the networks have one architecture and P is the identity; here they may be any, and
 P_kj is the affine map that gives h_k from h_j best, least squares on the example: so the mix begins near the parent though
-channels are in another order, and is the parent for equal networks. Each network keeps its head; the mean of all is given.
+channels are in another order, and is the parent for equal networks. Each network keeps its head, and the mean of all is
+given; or all share one, of what feeds their heads side by side, which begins as that mean.
 
 Each network runs from one depth to the next, with what is behind passed over as in `stitched`. It isn't a fusion of features
 at one place (`fused`), and costs all its networks.
@@ -25,7 +26,7 @@ from interfuse.modules.least_squares import Moments
 from interfuse.modules.members import members
 from interfuse.modules.places import Layout, join, layout_of
 from interfuse.modules.stitched import blanks_of, earlier, from_place_on, passed_over, put_into, shapes_of, watching
-from interfuse.modules.taps import Tap, find_tap, module_at, quiet, read, tensor_of
+from interfuse.modules.taps import Tap, features, find_tap, module_at, quiet, read, tensor_of
 
 _RIDGE = 1e-6  # as in `transfer.stitch`
 
@@ -71,7 +72,8 @@ class CrossUnit(nn.Module):
 
 
 class CrossStitch(Composite):
-    """Several trained networks side by side, mixed at several depths; gives the mean of their predictions, (batch, classes).
+    """Several trained networks side by side, mixed at several depths; gives the mean of their predictions, (batch, classes),
+    or the prediction of one head for all.
 
     models: as for `ModelFusion`; copied unless `copy=False`. at: the modules' paths in the order they run, one list for all
         networks or a list a network; depth by depth the networks are mixed after these modules.
@@ -79,6 +81,9 @@ class CrossStitch(Composite):
     own: how much of itself each network begins with, in [0, 1]; the others share the rest.
     per: one weight for a network's features as a whole ("unit"), or one for each "channel".
     freeze: whether the networks are kept as they are, in evaluation mode, and only what joins them is trained.
+    head: how many outputs one linear layer for all has, of what feeds each network's last linear layer (or of its outputs,
+        where that isn't its head); where the networks have as many outputs it begins as the mean of their heads. Default:
+        each keeps its own, and they must predict the same classes.
 
     Raises `ModelError` for places that aren't there, don't follow one another, or that something random or with running
     statistics goes round, `OptionError` for options.
@@ -94,21 +99,53 @@ class CrossStitch(Composite):
         own: float = 0.9,
         per: str = "unit",
         freeze: bool = True,
+        head: int | None = None,
         copy: bool = True,
     ) -> None:
         super().__init__()
         self.names, self.backbones, self.references = members(models, copy=copy)
-        self.at = _paths(at, len(self.names), own, per)
-        self.freeze = freeze
+        self.at = _paths(at, len(self.names), own, per, head)
+        self.freeze, self.per = freeze, per
         inputs = inputs_by_model(self.names, example)
         self.before = self._check(inputs)
         self._blanks: dict[Any, dict[str, Any]] = {}
         self.layouts: list[list[Layout]] = []
         self.units = nn.ModuleList()
+        self.head: nn.Linear | None = None
+        self.taps: list[Tap] = []
         with quiet(self):
             self._run(inputs, own, per)
-        if freeze:
+            if head is not None:
+                self.taps = [find_tap(n, x, None, name) for n, x, name in zip(self.backbones, inputs, self.names, strict=True)]
+                widths = [part.shape[1] for part in self._run(inputs, heads=False)]
+                self.head = _joint_head(self.backbones, self.taps, widths, head)
+        self._hold()
+
+    @classmethod
+    @torch.inference_mode(False)
+    def made_of(cls, networks: Mapping[str, nn.Module], about: Mapping[str, Any]) -> CrossStitch:
+        """The same of these networks without an example, by what `about` says; what joins them isn't learned yet.
+
+        about: at, per, freeze, before, layouts (a list a depth), taps and widths (of a head: sizes in and out, or None).
+        """
+        made = cls.__new__(cls)
+        Composite.__init__(made)
+        made.names, made.backbones, made.references = members(networks, copy=False)
+        made.at, made.per, made.freeze = [list(row) for row in about["at"]], about["per"], about["freeze"]
+        made.before = [[tuple(names) for names in rows] for rows in about["before"]]
+        made.layouts, made._blanks = [list(row) for row in about["layouts"]], {}
+        made.units = nn.ModuleList(CrossUnit([layout.width for layout in row], 0.0, made.per) for row in made.layouts)
+        made.taps, made.head = list(about["taps"]), None if about["widths"] is None else nn.Linear(*about["widths"])
+        made._hold()
+        return made
+
+    def _hold(self) -> None:
+        """Keep what isn't trained as it is: the networks where they are frozen, and heads that stand aside."""
+        if self.freeze:
             self.backbones.requires_grad_(False)
+        for tap, network in zip(self.taps, self.backbones, strict=False):
+            if tap.side == "input":
+                module_at(network, tap.path).requires_grad_(False)
         self.train(self.training)
 
     def _check(self, inputs: Sequence[Any]) -> list[list[tuple[str, ...]]]:
@@ -135,22 +172,27 @@ class CrossStitch(Composite):
         return self
 
     def forward(self, inputs: Any) -> Tensor:
-        """Inputs -> the mean of the networks' predictions."""
-        return torch.stack(self.each(inputs)).mean(dim=0)
+        """Inputs -> the mean of the networks' predictions, or what the head for all of them gives."""
+        if self.head is None:
+            return torch.stack(self.each(inputs)).mean(dim=0)
+        return self.head(torch.cat(self._run(self._own(inputs), heads=False), dim=1))
 
     def each(self, inputs: Any) -> list[Tensor]:
-        """Inputs -> every network's own prediction."""
-        own = inputs_by_model(self.names, inputs)
-        if any(x is None for x in own):
-            raise ModelError(Problem("inputs", "a network's input is None", "networks that are cross-stitched need theirs"))
-        outputs = self._run(own)
+        """Inputs -> every network's own prediction, by its own head."""
+        outputs = self._run(self._own(inputs))
         if len({output.shape for output in outputs}) > 1:
             found = ", ".join(f"{name} {tuple(output.shape)}" for name, output in zip(self.names, outputs, strict=True))
             raise ModelError(Problem("models", f"predictions of different shapes: {found}", "networks with the same classes"))
         return outputs
 
-    def _run(self, inputs: Sequence[Any], share: float = 0.0, per: str = "") -> list[Tensor]:
-        """All networks from depth to depth; with `per`, making the units on the way."""
+    def _own(self, inputs: Any) -> list[Any]:
+        own = inputs_by_model(self.names, inputs)
+        if any(x is None for x in own):
+            raise ModelError(Problem("inputs", "a network's input is None", "networks that are cross-stitched need theirs"))
+        return own
+
+    def _run(self, inputs: Sequence[Any], share: float = 0.0, per: str = "", *, heads: bool = True) -> list[Tensor]:
+        """All networks from depth to depth, to their predictions or what feeds their heads; with `per`, making the units."""
         carried: list[Tensor | None] = [None] * len(inputs)
         known = [self._known(k, own) for k, own in enumerate(inputs)]
         for depth in range(len(self.at[0])):
@@ -162,16 +204,24 @@ class CrossStitch(Composite):
             if per:
                 self._make(depth, found, inputs, share, per)
             layouts = self.layouts[depth]
-            features = [layout.arranged(tensor) for layout, tensor in zip(layouts, found, strict=True)]
+            arranged = [layout.arranged(tensor) for layout, tensor in zip(layouts, found, strict=True)]
             if per:
-                self.units[depth].align(features)  # type: ignore[operator]
-            mixed = self.units[depth](features)
+                self.units[depth].align(arranged)  # type: ignore[operator]
+            mixed = self.units[depth](arranged)
             carried = [layout.put_back(h) for layout, h in zip(layouts, mixed, strict=True)]
         outputs = []
         for k, own in enumerate(inputs):
             with self._from(k, len(self.at[0]) - 1, carried[k], known[k]):
-                outputs.append(prediction(call(self.backbones[k], own, self.names[k]), self.names[k]))
+                outputs.append(self._end(k, own, heads))
         return outputs
+
+    def _end(self, k: int, inputs: Any, heads: bool) -> Tensor:
+        """Network k's prediction, or (batch, width) of what feeds its head."""
+        network, name = self.backbones[k], self.names[k]
+        if heads:
+            return prediction(call(network, inputs, name), name)
+        value = read(network, self.taps[k], inputs, output=False, name=name)[0]
+        return features(value, inputs, module_at(network, self.taps[k].path), pool=True, name=name)[0]
 
     def _make(self, depth: int, found: Sequence[Tensor], inputs: Sequence[Any], share: float, per: str) -> None:
         layouts = [
@@ -201,13 +251,29 @@ class CrossStitch(Composite):
         return self._blanks[key]
 
 
-def _paths(at: Any, count: int, own: Any, per: Any) -> list[list[str]]:
+def _joint_head(networks: nn.ModuleList, taps: Sequence[Tap], widths: Sequence[int], classes: int) -> nn.Linear:
+    """A linear layer of all features side by side; the mean of the networks' own heads where these are such layers."""
+    joint = nn.Linear(sum(widths), classes)
+    own = [module_at(network, tap.path) for network, tap in zip(networks, taps, strict=True)]
+    fits = [isinstance(m, nn.Linear) and m.out_features == classes for m in own]
+    fits = [fit and tap.side == "input" for fit, tap in zip(fits, taps, strict=True)]
+    like = next((p for p in networks.parameters() if p.is_floating_point()), joint.weight)
+    if all(fits):
+        with torch.no_grad():
+            joint.weight.copy_(torch.cat([m.weight for m in own], dim=1) / len(own))  # type: ignore[arg-type]
+            joint.bias.copy_(sum(m.bias if m.bias is not None else 0.0 for m in own) / len(own))  # type: ignore[operator, misc]
+    return joint.to(like.device, like.dtype)
+
+
+def _paths(at: Any, count: int, own: Any, per: Any, head: Any) -> list[list[str]]:
     """The places by network; everything that is wrong with the options at once."""
     problems = []
     if not (isinstance(own, int | float) and 0 <= own <= 1):
         problems.append(Problem("own", f"got {own!r}", "a number in [0, 1]"))
     if per not in ("unit", "channel"):
         problems.append(Problem("per", f"got {per!r}", nearest(str(per), ["unit", "channel"])))
+    if head is not None and not (type(head) is int and head >= 1):
+        problems.append(Problem("head", f"got {head!r}", "a whole number from 1, or None"))
     given = list(at) if isinstance(at, Sequence) and not isinstance(at, str) else []
     rows = [list(given)] * count if all(isinstance(path, str) for path in given) else [list(row) for row in given]
     if not rows or len(rows) != count or len({len(row) for row in rows}) != 1 or not rows[0] or any("" in row for row in rows):

@@ -14,9 +14,10 @@ from typing import Any
 from torch import nn
 
 from interfuse.models import CODE
+from interfuse.modules.cross_stitch import CrossStitch
 from interfuse.modules.places import Layout
 from interfuse.modules.stitched import Stitched, StitchRecord
-from interfuse.modules.taps import Axes
+from interfuse.modules.taps import Axes, Tap
 from interfuse.transfer.sharing import SharedTrunk
 from interfuse.transfer.trunk import Blocks, Trunk
 from interfuse.transfer.tying import Tied, tie
@@ -34,6 +35,12 @@ def told(model: nn.Module) -> dict[str, Any]:
         places = {"source": asdict(model.source), "target": asdict(model.target), "places": model.places}
         record = None if model.record is None else asdict(model.record)
         made = {"by": "stitch", "at": model.at, **places, "before": model.before, "record": record}
+        return {"parts": _parts(model, model.backbones), "made": made}
+    if isinstance(model, CrossStitch):
+        made = {"by": "cross_stitch", "at": model.at, "per": model.per, "freeze": model.freeze, "before": model.before}
+        made |= {"layouts": [[asdict(layout) for layout in row] for row in model.layouts]}
+        made |= {"taps": [vars(tap) for tap in model.taps]}
+        made |= {"widths": None if model.head is None else [model.head.in_features, model.head.out_features]}
         return {"parts": _parts(model, model.backbones), "made": made}
     return {}
 
@@ -56,11 +63,14 @@ def made_again(made: Mapping[str, Any], parts: Mapping[str, nn.Module]) -> nn.Mo
         return SharedTrunk(parts, trunk, first.state_dict(), depth=made["depth"], blocks=blocks)
     if made["by"] == "tie":
         return tie(parts, made["layers"], start="first", copy=False)
+    if made["by"] == "cross_stitch":
+        layouts = [list(map(_layout, row)) for row in made["layouts"]]
+        return CrossStitch.made_of(parts, {**made, "layouts": layouts, "taps": [Tap(**tap) for tap in made["taps"]]})
     a, b = parts.values()
     at: Any = tuple(made["at"])
-    layouts = [_layout(made["source"]), _layout(made["target"])]
+    ends = [_layout(made["source"]), _layout(made["target"])]
     places = None if made["places"] is None else tuple(made["places"])
-    result = Stitched(a, b, at, *layouts, places=places, before=made["before"], copy=False)
+    result = Stitched(a, b, at, *ends, places=places, before=made["before"], copy=False)
     result.record = None if made["record"] is None else StitchRecord(**{**made["record"], "at": at})
     return result
 
