@@ -121,6 +121,13 @@ class Data(Dataset[Any]):
         columns = self._column.columns.values() if isinstance(self._column, Named) else [self._column]
         return any(isinstance(column, Texts) for column in columns)
 
+    @property
+    def missing(self) -> dict[str, int]:
+        """In how many samples each input is missing, for those inputs in which some are."""
+        marks = self._column.present if isinstance(self._column, Named) else {}
+        counts = {name: int((~there[self._rows]).sum()) for name, there in marks.items()}
+        return {name: count for name, count in counts.items() if count}
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from interfuse.errors import Problem, RecipeError, nearest
 from interfuse.recipe.chain import UNREADABLE, absolute, chain_problems
-from interfuse.recipe.check import form_problems, run_problems
+from interfuse.recipe.check import form_problems, names_of, run_problems
+from interfuse.recipe.reads import settled
 from interfuse.recipe.schema import SECTIONS, Recipe
 from interfuse.recipe.sections import Section
 from interfuse.recipe.values import plain
@@ -111,7 +112,7 @@ def _checked(
         problems = _joined(problems, chain_problems(recipes))
     if problems:
         raise RecipeError(*problems)
-    return tuple(recipes)
+    return tuple(settled(recipe, names_of(recipe)) for recipe in recipes)
 
 
 def _joined(first: list[Problem], then: list[Problem]) -> list[Problem]:
@@ -163,18 +164,25 @@ def _dropped(raw: Any, loc: tuple[int | str, ...]) -> bool:
 
 
 def _drop(raw: dict[Any, Any], loc: tuple[int | str, ...], missing: bool) -> None:
-    """Take the faulty value away: a model in whole where its reference is at fault, else the key, else its section."""
+    """Take the faulty value away: a model in whole where its reference is at fault, else the key, else its section or stage."""
     models, key = raw.get("models"), str(loc[0])
     if key == "models" and isinstance(models, list) and len(loc) > 1:
         entry = models[int(loc[1])]
         if isinstance(entry, dict) and len(loc) > 2 and loc[2] != "model":
-            entry.pop(loc[2], None)
+            _ = _dropped(raw, loc) or entry.pop(loc[2], None)
         else:
             models[int(loc[1])] = UNREADABLE
+    elif key == "stages" and _in_stage(raw.get(key), loc):
+        _ = _dropped(raw, loc) or raw[key][int(loc[1])].pop(loc[2])
     elif key not in ("slices", "modules") and isinstance(raw.get(key), dict) and len(loc) > 1 and not missing:
         raw[key].pop(loc[1], None)
     else:
         raw.pop(loc[0], None)
+
+
+def _in_stage(stages: Any, loc: tuple[int | str, ...]) -> bool:
+    """Whether a key of one stage is at fault."""
+    return isinstance(stages, list) and len(loc) > 2 and isinstance(stage := stages[int(loc[1])], dict) and loc[2] in stage
 
 
 def _problems(error: ValidationError) -> list[Problem]:

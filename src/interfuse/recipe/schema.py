@@ -9,21 +9,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic.config import JsonDict, JsonValue
 from pydantic_core import PydanticCustomError
 
 from interfuse.errors import RecipeError
 from interfuse.recipe.references import Reference
 from interfuse.recipe.sections import (
+    COLUMNS,
     Count,
     DataSection,
     Evaluate,
+    Grow,
     Head,
     Ref,
     Section,
     Stage,
     Training,
+    is_column,
     or_short,
 )
 
@@ -88,6 +91,12 @@ class ModelEntry(Section):
         description="Whether this model's weights stay as they are. Default: true in a fusion; false for a model alone, "
         "where true trains only the last Linear layer.",
     )
+    input: Any = Field(
+        default=None,
+        description="What this model reads of the data, in place of data.input: an array or column, or a list of columns of "
+        "numbers. Empty cells are inputs that are missing.",
+        json_schema_extra={"anyOf": [*COLUMNS, {"type": "null"}]},
+    )
     parameters: Parameters = Field(default_factory=dict, description="This model's own options in a merge: {weight: 0.3}.")
     data: DataSection | None = Field(
         default=None,
@@ -103,6 +112,13 @@ class ModelEntry(Section):
         if isinstance(value, dict) and isinstance(value.get("tap"), int) and not isinstance(value["tap"], bool):
             return value | {"tap": str(value["tap"])}  # a module of a Sequential, which YAML reads as a number
         return value
+
+    @field_validator("input")
+    @classmethod
+    def _input(cls, value: Any) -> Any:
+        if value is None or is_column(value):
+            return value
+        raise PydanticCustomError("input", "should be a name, or a list of names")
 
 
 class SliceSource(Section):
@@ -243,6 +259,17 @@ class Wide(Section):
         default=None,
         description="Whether the models' own predictions are added, so that training starts there; true as left out.",
     )
+    branch_dropout: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="In training, each model is dropped from each example with this probability, never all; 0 as left out.",
+    )
+    missing: Literal["token", "none"] | None = Field(
+        default=None,
+        description="What stands in for a model whose input is missing: a learned token (as left out with branch_dropout), or "
+        "none: the fusion does without it.",
+    )
 
 
 #: The sections below the top, by key: where an unknown key is looked up.
@@ -258,4 +285,5 @@ SECTIONS: dict[str, type[Section]] = {
     "training": Training,
     "evaluate": Evaluate,
     "stages": Stage,
+    "grow": Grow,
 }

@@ -13,6 +13,19 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+#: What names one input: an array or column, or several columns of numbers, which stand side by side.
+COLUMNS: list[Any] = [
+    {"type": "string", "minLength": 1},
+    {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "uniqueItems": True},
+]
+
+
+def is_column(value: Any) -> bool:
+    """Whether `value` is a name, or a list of different names."""
+    listed = value if isinstance(value, list) and len(set(map(str, value))) == len(value) else [value]
+    return bool(listed) and all(isinstance(name, str) and name for name in listed)
+
+
 def or_short(kind: str) -> Any:
     """A section that may also be written as one bare value: the JSON Schema says so."""
 
@@ -90,11 +103,11 @@ class DataSection(Section):
     input: Any = Field(
         default=None,
         description="The array or column that is read as input (npz: x; csv: text, or all columns of numbers), "
-        "or one for each model by name.",
+        "a list of columns of numbers, or one or the other for each model by name.",
         json_schema_extra={
             "anyOf": [
-                {"type": "string", "minLength": 1},
-                {"type": "object", "additionalProperties": {"type": "string"}, "minProperties": 1},
+                *COLUMNS,
+                {"type": "object", "additionalProperties": {"anyOf": COLUMNS}, "minProperties": 1},
                 {"type": "null"},
             ]
         },
@@ -122,11 +135,11 @@ class DataSection(Section):
     @field_validator("input")
     @classmethod
     def _input(cls, value: Any) -> Any:
-        if value is None or (isinstance(value, str) and value):
+        if value is None or is_column(value):
             return value
-        if isinstance(value, dict) and value and all(isinstance(k, str) and isinstance(value[k], str) for k in value):
+        if isinstance(value, dict) and value and all(isinstance(k, str) and is_column(value[k]) for k in value):
             return value
-        raise PydanticCustomError("input", "should be a name, or a mapping of model names to names")
+        raise PydanticCustomError("input", "should be a name, a list of names, or a mapping of model names to these")
 
 
 class Training(Section):
@@ -170,6 +183,31 @@ class Training(Section):
         raise PydanticCustomError("lora", "should be a rank from 1, or options of peft's LoraConfig")
 
 
+class Grow(Section):
+    """How the target grows where a stage begins, behind what it copies; what it computes stays the same."""
+
+    wider: dict[str, Any] | None = Field(
+        default=None,
+        description="Paths of Linear layers or convolutions, with their new width: {up: 512}; or [512, the modules that read "
+        "it] where these can't be found.",
+    )
+    deeper: list[Ref] | None = Field(
+        default=None, description="Paths of blocks or activations that get an identity behind them, which is then trained."
+    )
+    noise: float | None = Field(
+        default=None, ge=0, lt=1, description="By how much the shares of replicated units differ; left out, not at all."
+    )
+
+    @field_validator("wider")
+    @classmethod
+    def _wider(cls, value: Any) -> Any:
+        count = lambda n: isinstance(n, int) and not isinstance(n, bool) and n >= 1
+        pair = lambda w: isinstance(w, list) and len(w) == 2 and count(w[0]) and isinstance(w[1], str | list)
+        if value is None or (value and all(count(width) or pair(width) for width in value.values())):
+            return value
+        raise PydanticCustomError("wider", "should be paths with widths from 1, or [width, paths of the readers]")
+
+
 class Stage(Section):
     """One step of building up a target."""
 
@@ -178,6 +216,7 @@ class Stage(Section):
         default=None,
         description="What is copied first, by the model's name: patterns of tensors, or options of transplant.",
     )
+    grow: Grow | None = Field(default=None, description="How the target grows then.")
     training: Training | None = Field(
         default=None,
         description="How this stage trains, before what `training` says for all; epochs: 0 is not at all.",
