@@ -64,7 +64,7 @@ def run(
     threads: Annotated[int | None, typer.Option(min=1, help="How many CPU threads to compute with.")] = None,
     device: Device = None,
     seed: Annotated[int | None, typer.Option(min=0, help="In place of the recipe's seed.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a merge that was ended from outside.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a merge, or stages, that was killed.")] = False,
     overwrite: Overwrite = False,
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Merge models that hold NaN or infinity.")] = False,
     mergekit_compat: Annotated[

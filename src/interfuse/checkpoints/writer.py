@@ -97,6 +97,10 @@ class MemoryWriter:
         """Nothing: what is in memory needs no second look."""
 
 
+#: What a run that was interrupted goes on with: the journal of a merge, finished stages.
+_GOES_ON = ("journal.jsonl", ".stages")
+
+
 @contextlib.contextmanager
 def whole_folder(
     path: str | Path, *, overwrite: bool = False, inputs: Iterable[str | Path] = (), resume: bool = False, nbytes: int = 0
@@ -141,7 +145,7 @@ def whole_folder(
             keep = True
             raise
         finally:
-            if not (keep and any(part.glob("journal.jsonl"))):
+            if not (keep and any(any(part.glob(name)) for name in _GOES_ON)):
                 shutil.rmtree(part, ignore_errors=True)
 
 

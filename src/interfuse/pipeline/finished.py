@@ -70,7 +70,12 @@ def load_run(folder: str | Path, *, trust_code: bool = False) -> nn.Module:
         return load(folder, networks, trust_code=trust_code)
     if about.get("kind") == "network":
         first = next((ModelEntry(model=ref) for ref in recipe.beside.values()), None) or recipe.models[0]
-        return load(folder, load_network(_plain(first), trust_code=trust_code), trust_code=trust_code)
+        network = load_network(_plain(first), trust_code=trust_code)
+        if about.get("grown"):
+            from interfuse.pipeline.growing import grown_again
+
+            network = grown_again(network, about, recipe.seed)
+        return load(folder, network, trust_code=trust_code)
     if about.get("kind") in ("fusion", "ensemble"):
         without = [member["name"] for member in about["members"] if member["reference"] is None]
         entries = dict(zip(names_of(recipe), recipe.models, strict=True))

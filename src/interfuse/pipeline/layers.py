@@ -1,55 +1,130 @@
-"""Transplants and stages in a run: a recipe's target filled from its models, and trained where it has stages."""
+"""Runs that fill a target from trained networks: copied once, or built up in stages, which a killed run goes on with.
+
+What is kept of finished stages lies in `STAGES` in the unfinished output folder, under a key of the recipe, its models and
+its data. How tensors are copied, networks grow and stages follow is `transfer`'s part.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from interfuse.checkpoints.source import open_checkpoint
 from interfuse.data import Data
+from interfuse.models import load_tokenizer
+from interfuse.pipeline.growing import note_growth, rehearsed
+from interfuse.pipeline.networks import (
+    TARGET,
+    Result,
+    device_name,
+    evaluate,
+    lightning_on,
+    load_networks,
+    load_sets,
+)
+from interfuse.pipeline.record import STAGES, hash_data
+from interfuse.pipeline.task_data import Sets, load_stages
+from interfuse.pipeline.trial import try_networks
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import names_of, options_of
 from interfuse.recipe.sections import Stage as Written
+from interfuse.saving import write_model
 from interfuse.transfer.stages import Stage, Stages, StagesRecord
 from interfuse.transfer.transplant import transplant
 
 
-def put_layers(
-    recipe: Recipe,
-    target: nn.Module,
-    networks: Mapping[str, nn.Module],
-    sets: Mapping[str, Data],
-    device: Mapping[str, Any],
-    *,
-    progress: bool,
-) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
-    """Fill `target` as the recipe says; the last training's record with those of all stages, and what was copied."""
+def run_layers(recipe: Recipe, folder: Path, *, trust_code: bool, device: str | None, progress: bool) -> Result:
+    """Load, copy, grow, train, evaluate, and write the model's files to `folder`. The recipe has been checked."""
+    place = device_name(device)
+    networks = load_networks(recipe, trust_code=trust_code)
+    hashes = {name: open_checkpoint(network).hash() for name, network in networks.items()}
+    sets = load_sets(_common(recipe), trust_code=trust_code)
+    own = load_stages(recipe, trust_code=trust_code)
+    for data in [next(iter(found.values())) for found in (sets, *own) if found]:
+        try_networks({TARGET: networks[TARGET]}, data)
+    classes = next((data.classes for found in (sets, *own) for data in (found or {}).values() if data.classes), None)
     models = {name: networks[name] for name in names_of(recipe)}
+    result = Result(networks[TARGET], hashes=hashes, classes=classes)
     if recipe.fusion == "transplant":
         (name, source), *_ = models.items()
-        report = transplant(source, target, **options_of(recipe), show=progress)
-        return None, (f"from {name}: {report.summary()}",)
+        report = transplant(source, result.model, **options_of(recipe), show=progress)
+        result.notes = (f"from {name}: {report.summary()}",)
+    else:
+        kept = folder / STAGES / _key(recipe, hashes)
+        record = _stages(recipe, networks[TARGET], models, sets, own, kept, place, progress)
+        result.model, result.training, result.notes = record.model, _trained(record), tuple(record.lines())
+        shutil.rmtree(folder / STAGES)
+    if "test" in sets:
+        result.test = evaluate(recipe, result.model, sets["test"], place, progress=progress)
+    result.model.to("cpu")
+    write_model(result.model, folder)
+    note_growth(recipe, sets, own, folder)
+    if (folder / "config.json").exists():
+        tokenizer = load_tokenizer(str(recipe.target))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return result
+
+
+def _common(recipe: Recipe) -> Recipe:
+    """The recipe with the data of all stages; a share of data that only stages have is theirs to split off."""
+    data = recipe.data
+    if data is None or data.train is not None or not isinstance(data.validation, float):
+        return recipe
+    return recipe.model_copy(update={"data": data.model_copy(update={"validation": None})})
+
+
+def _key(recipe: Recipe, hashes: Mapping[str, str]) -> str:
+    """By what finished stages are known again: the recipe, the networks' weights, the data's bytes."""
+    parts = [recipe.model_dump(mode="json", exclude_defaults=True), recipe.seed, dict(hashes), hash_data(recipe)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _stages(
+    recipe: Recipe,
+    target: nn.Module,
+    models: Mapping[str, nn.Module],
+    sets: Mapping[str, Data],
+    own: list[Sets | None],
+    kept: Path,
+    device: str,
+    progress: bool,
+) -> StagesRecord:
+    grown = rehearsed(recipe, target, sets, own)
     common = recipe.training.model_dump(exclude_none=True) if recipe.training is not None else {}
-    stages = Stages(_stage(written, common) for written in recipe.stages or ())
-    record = stages.run(target, models, sets["train"], sets.get("validation"), seed=recipe.seed, progress=progress, **device)
-    return _trained(record), tuple(str(record).splitlines())
+    parts = zip(recipe.stages or [], own, grown, strict=True)
+    stages = Stages(_stage(stage, common, data, growth) for stage, data, growth in parts)
+    for other in kept.parent.glob("*"):
+        if other != kept:  # of another recipe, or other models
+            shutil.rmtree(other)
+    how = {"folder": kept, "resume": True, "seed": recipe.seed, "progress": progress, **lightning_on(device)}
+    return stages.run(target, models, sets.get("train"), sets.get("validation"), **how)
 
 
-def _stage(written: Written, common: Mapping[str, Any]) -> Stage:
-    own = written.training.model_dump(exclude_none=True) if written.training is not None else {}
-    options = {**common, **own}
+def _stage(
+    written: Written, common: Mapping[str, Any], own: Sets | None, grow: Callable[[nn.Module], nn.Module] | None
+) -> Stage:
+    said = written.training.model_dump(exclude_none=True) if written.training is not None else {}
+    options = {**common, **said}
     train = options.pop("train_only", None)
-    return Stage(written.name or "", written.copied or {}, train=[] if options.get("epochs") == 0 else train, options=options)
+    return Stage(
+        written.name or "",
+        written.copied or {},
+        grow=grow,
+        train=[] if options.get("epochs") == 0 else train,
+        data=None if own is None else (own["train"], own.get("validation")),
+        options=options,
+    )
 
 
 def _trained(record: StagesRecord) -> dict[str, Any] | None:
     """The last training that there was, with every stage's own."""
-    stages = [
-        {"name": stage.name, "copied": {name: report.summary() for name, report in stage.copies.items()}}
-        | {"training": asdict(stage.training) if stage.training is not None else None}
-        for stage in record.stages
-    ]
+    stages = record.written()
     last = next((stage["training"] for stage in reversed(stages) if stage["training"] is not None), None)
     return None if last is None else {**last, "stages": stages}

@@ -23,9 +23,11 @@ from interfuse.inference.batches import first
 from interfuse.inference.features import default_folder
 from interfuse.inference.predict import predict
 from interfuse.models import CODE, load_model, load_tokenizer
+from interfuse.modules.cross_stitch import CrossStitch
 from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import split_batch
 from interfuse.pipeline.classes import UNNAMED, Spaces, spaces_of
+from interfuse.pipeline.crossing import crossed
 from interfuse.pipeline.finished import is_saved, load_network
 from interfuse.pipeline.reading import load_sets as load_sets
 from interfuse.pipeline.reading import reference_of
@@ -66,7 +68,7 @@ def run_networks(recipe: Recipe, folder: Path, *, trust_code: bool, device: str 
         try_networks(_reading(recipe, networks), next(iter(sets.values())))
     result = Result(assemble(recipe, networks, sets.get("train"), spaces), hashes=hashes, classes=_classes(sets, spaces))
     notes = [spaces.note] if spaces.note else []
-    if "train" in sets and recipe.form in ("fusion", "single"):
+    if "train" in sets and recipe.form in ("fusion", "single", "cross_stitch"):
         result.training = train(recipe, result.model, sets, place, progress=progress)
     if recipe.form == "distill":
         teachers = {name: network.to(place) for name, network in networks.items()}
@@ -176,8 +178,11 @@ def assemble(
         return next(iter(networks.values()))
     if recipe.form == "merge":
         return merged_networks(recipe, networks)
-    model: ModelFusion | Ensemble
-    if recipe.form == "ensemble":
+    model: ModelFusion | Ensemble | CrossStitch
+    if recipe.form == "cross_stitch":
+        assert data is not None  # the check of the recipe asks for it
+        model = crossed(recipe, networks, data, _head(recipe, data))
+    elif recipe.form == "ensemble":
         model = Ensemble(networks, **{**options, "classes": spaces.own, "copy": False})
     else:
         named = dict(zip(names_of(recipe), recipe.models, strict=True))

@@ -100,7 +100,7 @@ class RunRecord:
         if self.form == "layers":
             return _LAYERS.get(self.method, f"{self.method} from ") + names
         what = {"fusion": f"{self.method} fusion of ", "merge": f"{self.method} merge of ", "ensemble": "ensemble of "}
-        what["distill"] = "student of "
+        what |= {"distill": "student of ", "cross_stitch": "cross-stitch of "}
         return what.get(self.form, "") + names
 
     def scores(self) -> list[str]:

@@ -56,11 +56,11 @@ def run(
     """Run a recipe: merge, fuse, train, evaluate, and write the model and its record to the folder `out`.
 
     recipe: a YAML file, or a mapping; or several, of which later ones merge what earlier ones give. out: appears whole or
-    not at all; one that is there needs `overwrite`. resume: a merge of files, or stages, go on where a run that was killed was,
-    and a merge that was finished, of the same recipe and models, is left as it is. trust_code: allow `python:` references. seed: in place
-    of the recipe's. threads: the merge's, or torch's, for this run. device: "cpu" or "cuda"; left out, cuda for networks, if
-    there is one, and the CPU for merges. dry_run: check all, write nothing. allow_nonfinite: NaN and infinity may be merged.
-    mergekit_compat: follow mergekit (docs/mergekit.md).
+    not at all; one that is there needs `overwrite`. resume: a merge of files, or stages, go on where a run that was killed
+    was, and a merge that was finished, of the same recipe and models, is left as it is. trust_code: allow `python:`
+    references. seed: in place of the recipe's. threads: the merge's, or torch's, for this run. device: "cpu" or "cuda"; left
+    out, cuda for networks, if there is one, and the CPU for merges. dry_run: check all, write nothing. allow_nonfinite: NaN
+    and infinity may be merged. mergekit_compat: follow mergekit (docs/mergekit.md).
 
     Raises `UserError` with every problem, before anything is written.
     """

@@ -61,7 +61,7 @@ LAYERS = ("transplant", "stages", "share_trunk", "tie", "stitch")
 TARGETED = ("transplant", "stages")
 TASKS = ("share_trunk", "tie")
 #: Fusions that are a form of recipe by themselves.
-APART = ("ensemble", "distill")
+APART = ("ensemble", "distill", "cross_stitch")
 
 
 class ModelEntry(Section):

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,23 +75,39 @@ class StageRecord:
     copies: Mapping[str, Report]
     training: FitRecord | None
 
+    def written(self) -> dict[str, Any]:
+        """The record as JSON, of each copy its sums."""
+        copied = {name: report.summary() for name, report in self.copies.items()}
+        return {"name": self.name, "copied": copied, "training": None if self.training is None else asdict(self.training)}
+
 
 @dataclass(frozen=True)
 class StagesRecord:
-    """The network at the end, and what each stage did; of stages that an earlier run finished only their names."""
+    """The network at the end, and what each stage did; `earlier` are the written records of stages that a run before this
+    finished, `resumed` their names."""
 
     model: nn.Module
     stages: tuple[StageRecord, ...]
     resumed: tuple[str, ...] = ()
+    earlier: tuple[dict[str, Any], ...] = ()
+
+    def written(self) -> list[dict[str, Any]]:
+        """All stages' records as JSON."""
+        return [*self.earlier, *(stage.written() for stage in self.stages)]
+
+    def lines(self) -> list[str]:
+        """A line a stage, of whichever run: what it copied, and its best epoch's values."""
+        lines = []
+        for stage in self.written():
+            copied = "; ".join(f"from {name}: {summary}" for name, summary in stage["copied"].items())
+            best = stage["training"]["best"] if stage["training"] is not None else {}
+            values = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in best.items())
+            lines.append(": ".join((stage["name"], "; ".join(part for part in (copied, values) if part) or "done")))
+        return lines
 
     def __str__(self) -> str:
-        lines = [f"{name}: done before" for name in self.resumed]
-        for stage in self.stages:
-            copied = "; ".join(f"from {name}: {report.summary()}" for name, report in stage.copies.items())
-            best = stage.training.best if stage.training is not None else {}
-            values = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in best.items())
-            lines.append(": ".join((stage.name, "; ".join(part for part in (copied, values) if part) or "done")))
-        return "\n".join(lines)
+        before = [f"{name}: done before" for name in self.resumed]
+        return "\n".join([*before, *self.lines()[len(self.earlier) :]])
 
 
 class Stages:
@@ -157,8 +173,9 @@ class Stages:
                 training = fit(target, *(stage.data or (train, validation)), **how)
             records.append(StageRecord(stage.name, copies, training))
             if kept is not None:
-                kept.keep(target, number + 1)
-        return StagesRecord(target, tuple(records), tuple(stage.name for stage in self.stages[:done]))
+                kept.keep(target, number + 1, records[-1].written())
+        earlier = () if kept is None else tuple(kept.records[:done])
+        return StagesRecord(target, tuple(records), tuple(stage.name for stage in self.stages[:done]), earlier)
 
     def _check(self, models: Mapping[str, nn.Module], train: Any) -> None:
         problems = [
@@ -200,6 +217,7 @@ class _Kept:
 
     def __init__(self, folder: Path, stages: str, resume: bool) -> None:
         self.folder, self.stages, self.resume, self.done = folder, stages, resume, 0
+        self.records: list[dict[str, Any]] = []
         written = folder / "stages.json"
         if written.exists():
             found = json.loads(written.read_text(encoding="utf-8"))
@@ -209,24 +227,26 @@ class _Kept:
                 raise OptionError(
                     Problem("folder", f"{folder} holds other stages", "the same stages and seed, or another folder")
                 )
-            self.done = found["done"]
+            self.done, self.records = found["done"], found.get("records", [])
         else:
             folder.mkdir(parents=True, exist_ok=True)
             self._write()
 
     def _write(self) -> None:
         with _in_place(self.folder / "stages.json") as part:
-            part.write_text(json.dumps({"stages": self.stages, "done": self.done}), encoding="utf-8")
+            about = {"stages": self.stages, "done": self.done, "records": self.records}
+            part.write_text(json.dumps(about), encoding="utf-8")
 
     def load(self, model: nn.Module) -> None:
         """Give the model the weights of the last finished stage."""
         model.load_state_dict(torch.load(self.folder / f"stage-{self.done}.pt", weights_only=True))
 
-    def keep(self, model: nn.Module, done: int) -> None:
-        """A stage is finished: keep its weights, then say so, then drop what it left."""
+    def keep(self, model: nn.Module, done: int, record: dict[str, Any]) -> None:
+        """A stage is finished: keep its weights, then say so with its record, then drop what it left."""
         with _in_place(self.folder / f"stage-{done}.pt") as part:
             torch.save(model.state_dict(), part)
         before, self.done = self.done, done
+        self.records.append(record)
         self._write()
         (self.folder / f"stage-{before}.pt").unlink(missing_ok=True)
         shutil.rmtree(self.folder / f"running-{done - 1}", ignore_errors=True)

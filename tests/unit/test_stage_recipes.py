@@ -1,0 +1,205 @@
+"""Stages in recipes: growth, data of a stage's own, and a run that is killed and goes on to the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import interfuse as itf
+from interfuse.data import load_data
+from interfuse.errors import ModelError, RecipeError
+from interfuse.pipeline import load_run, run
+from interfuse.pipeline.growing import form_of, made_of
+
+NETS = """
+import os, signal
+import torch
+from torch import nn
+
+def _seeded(seed, *layers):
+    torch.manual_seed(seed)
+    for layer in layers:
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    return nn.Sequential(*layers)
+
+def net(seed=1):
+    return _seeded(seed, nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+def source():
+    return net(2)
+
+class Fatal(nn.Module):
+    steps = 0
+
+    def forward(self, x):
+        Fatal.steps += self.training
+        if Fatal.steps == int(os.environ.get("KILLED_AT", "-1")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+def fatal():
+    return nn.Sequential(*net(), Fatal())
+"""
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with data, and code that builds networks; it is the current folder."""
+    (tmp_path / "stagenets.py").write_text(NETS)
+    draw = np.random.default_rng(0)
+    for name, count in (("train", 64), ("later", 48), ("test", 60)):
+        y = np.arange(count) % 3
+        np.savez(tmp_path / f"{name}.npz", x=draw.normal(size=(count, 6)).astype(np.float32) + 2 * np.eye(6)[y], y=y)
+    for name in ("train", "later", "test"):
+        held = dict(np.load(tmp_path / f"{name}.npz"))
+        np.savez(tmp_path / f"{name}.npz", x=held["x"].astype(np.float32), y=held["y"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield tmp_path
+    sys.modules.pop("stagenets", None)
+
+
+def staged(**changes: Any) -> dict[str, Any]:
+    return {
+        "fusion": "stages",
+        "target": "python:stagenets:net",
+        "models": [{"model": "python:stagenets:source", "name": "a"}],
+        "stages": [
+            {"name": "copy", "copied": {"a": ["0.*"]}, "training": {"train_only": "head", "epochs": 1}},
+            {"name": "grow", "grow": {"wider": {"0": 12}, "deeper": ["3"]}, "training": {"epochs": 1}},
+            {"name": "all", "data": {"train": "later.npz"}},
+        ],
+        "data": {"train": "train.npz", "validation": 0.25, "test": "test.npz"},
+        "training": {"epochs": 2, "learning_rate": 0.02, "batch_size": 16},
+        **changes,
+    }
+
+
+def accuracy(network: torch.nn.Module) -> float:
+    outputs, targets, _ = itf.predict(network, load_data("test.npz"), progress=False)
+    assert targets is not None
+    return float((outputs.argmax(1) == targets).double().mean())
+
+
+def test_a_stage_grows_the_network_which_is_loaded_again(work: Path) -> None:
+    record = run(staged(), "out", trust_code=True, progress=False)
+    made = load_run("out", trust_code=True)
+    assert made[0].out_features == 12  # type: ignore[index]
+    assert len(list(made)) == 7  # type: ignore[call-overload]
+    assert record.test is not None
+    assert record.test["value"] == pytest.approx(accuracy(made))
+    about = json.loads((work / "out" / "interfuse.json").read_text())
+    assert about["grown"][0]["wider"] == {"0": 12}
+    assert about["grown"][0]["example"]["shape"] == [4, 6]
+    assert not (work / "out" / ".stages").exists()
+    run("out/recipe.yaml", "again", trust_code=True, progress=False)
+    assert (work / "out/model.safetensors").read_bytes() == (work / "again/model.safetensors").read_bytes()
+    text = run(staged(), "dry", trust_code=True, dry_run=True).text()
+    assert "grow: {'grow': {'wider': {'0': 12}, 'deeper': ['3']}" in text
+
+
+def test_growth_changes_nothing_that_the_network_computes(work: Path) -> None:
+    recipe = staged(stages=[{"grow": {"wider": {"0": 12}, "deeper": ["3"]}}], training={"epochs": 0})
+    run(recipe, "out", trust_code=True, progress=False)
+    from stagenets import net  # type: ignore[import-not-found]
+
+    x = torch.randn(9, 6)
+    torch.testing.assert_close(load_run("out", trust_code=True)(x), net().eval()(x), rtol=0, atol=1e-5)
+
+
+def test_a_stage_trains_on_data_of_its_own(work: Path) -> None:
+    own = staged(stages=[{"data": {"train": "later.npz"}}])
+    run(own, "own", trust_code=True, progress=False)
+    plain = staged(stages=[{}], data={"train": "later.npz", "validation": 0.25, "test": "test.npz"})
+    run(plain, "plain", trust_code=True, progress=False)
+    assert (work / "own/model.safetensors").read_bytes() == (work / "plain/model.safetensors").read_bytes()
+    alone = staged(stages=[{"data": {"train": "later.npz", "validation": 0.25}}], data={"test": "test.npz"})
+    run(alone, "alone", trust_code=True, progress=False)
+    assert (work / "alone/model.safetensors").read_bytes() == (work / "plain/model.safetensors").read_bytes()
+
+
+def killed(work: Path, at: int, *flags: str) -> int:
+    """The status of a run in another process, which kills itself in that step of training."""
+    environment = {**os.environ, "KILLED_AT": str(at), "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = "import sys; from interfuse.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "run", "recipe.yaml", "out", "--trust-code", *flags]
+    return subprocess.run(command, cwd=work, env=environment, check=False, capture_output=True).returncode
+
+
+def test_a_killed_run_goes_on_in_its_stage_to_the_same_weights(work: Path) -> None:
+    recipe = staged(target="python:stagenets:fatal")
+    (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run("recipe.yaml", "whole", trust_code=True, progress=False)
+    at = 1 * 3 + 1 * 3 + 3 + 1  # in the second epoch of the last stage, of 3 batches each
+    assert killed(work, at) == -signal.SIGKILL
+    part = work / ".out.interfuse-part"
+    kept = json.loads(next((part / ".stages").glob("*/stages.json")).read_text())
+    assert kept["done"] == 2
+    (part / "left").mkdir()
+    record = run("recipe.yaml", "out", trust_code=True, resume=True, progress=False)
+    assert not part.exists()
+    assert (work / "out/model.safetensors").read_bytes() == (work / "whole/model.safetensors").read_bytes()
+    assert record.training is not None
+    assert [stage["name"] for stage in record.training["stages"]] == ["copy", "grow", "all"]
+    assert sorted(path.name for path in (work / "out").iterdir()) == sorted(path.name for path in (work / "whole").iterdir())
+    first, second = (json.loads((work / name / "interfuse.json").read_text())["run"]["training"] for name in ("whole", "out"))
+    assert [stage["training"]["best"] for stage in first["stages"]] == [stage["training"]["best"] for stage in second["stages"]]
+
+
+def test_what_another_recipe_left_is_not_gone_on_with(work: Path) -> None:
+    left = work / ".out.interfuse-part" / ".stages" / "0123456789abcdef"
+    left.mkdir(parents=True)
+    (left / "stages.json").write_text(json.dumps({"stages": "of another recipe", "done": 2}))
+    other = staged(training={"epochs": 1, "learning_rate": 0.1})
+    run(other, "whole", trust_code=True, progress=False)
+    run(other, "out", trust_code=True, resume=True, progress=False)
+    assert (work / "out/model.safetensors").read_bytes() == (work / "whole/model.safetensors").read_bytes()
+
+
+def test_what_cannot_grow_is_said_before_anything_is_trained(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("interfuse.transfer.stages.fit", lambda *args, **how: pytest.fail("trained"))
+    recipe = staged()
+    recipe["stages"][1]["grow"] = {"wider": {"nowhere": 12}}
+    with pytest.raises(ModelError, match=r"stages\[1\]\.grow: .*nowhere"):
+        run(recipe, "out", trust_code=True, progress=False)
+    assert not (work / "out").exists()
+
+
+def test_what_is_wrong_with_stages_is_said_at_once(work: Path) -> None:
+    stages: list[dict[str, Any]] = [
+        {"grow": {}},
+        {"grow": {"wider": {"0": 0}}},
+        {"data": {"train": "none.npz"}, "training": {"epochs": 0}},
+        {"data": {"test": "test.npz"}, "training": {"patience": 2}},
+    ]
+    with pytest.raises(RecipeError) as raised:
+        run(staged(stages=stages, data={"train": "train.npz"}), "out", trust_code=True)
+    assert {p.path for p in raised.value.problems} == {
+        "stages[0].grow",
+        "stages[1].grow.wider",
+        "stages[2].data",
+        "stages[3].data.test",
+        "stages[3].training.patience",
+    }
+
+
+def test_an_example_s_form_makes_one_that_a_network_reads() -> None:
+    inputs = {"ids": torch.tensor([[5, 9], [1, 0]]), "mask": torch.ones(2, 2, dtype=torch.bool), "x": (torch.zeros(2, 3),)}
+    form = json.loads(json.dumps(form_of(inputs)))
+    made = made_of(form)
+    assert torch.equal(made["ids"], torch.full((2, 2), 9))
+    assert made["mask"].all()
+    assert made["x"][0].shape == (2, 3)
+    assert form_of(made)["named"]["ids"]["dtype"] == "int64"
