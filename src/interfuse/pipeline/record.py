@@ -206,7 +206,7 @@ def _write_card(folder: Path, chain: Sequence[Recipe], record: RunRecord, kind: 
     entries = zip(names_of(recipe), recipe.models, strict=False)
     made = [Made(name, e.model + (f" with {e.weights}" if e.weights else "")) for name, e in entries]
     made += [Made(key.removesuffix("_model"), ref) for key, ref in recipe.beside.items()]
-    use = Use("peft", _USE_ADAPTER) if kind == "adapter merge" else Use("interfuse", _USE)
+    use = Use("peft", _USE_ADAPTER) if kind == "adapter merge" else None if kind == "transplant" else Use("interfuse", _USE)
     write_card(folder, record.title(), made, as_yaml(chain), use=use, papers=record.papers, quality=record.scores())
 
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from interfuse.checkpoints.adapters.pairs import is_adapter
 from interfuse.checkpoints.tasks import on_disk
 from interfuse.errors import OptionError, Problem
+from interfuse.recipe.crossing import crossing_problems
 from interfuse.recipe.layers import STITCHED, layers_problems
 from interfuse.recipe.learned import learned_problems, learns
 from interfuse.recipe.merges import BESIDE, entries_in, is_plain, merge_problems, tokenizer_models
@@ -123,6 +124,7 @@ def experts_of(recipe: Recipe) -> list[ModelEntry]:
 def form_problems(recipe: Recipe) -> list[Problem]:
     """Every problem that can be seen in the recipe alone."""
     further = outputs_problems(recipe, names_of(recipe))
+    further += crossing_problems(recipe, names_of(recipe))
     further += learned_problems(recipe, experts_of(recipe)) if learns(recipe) else []
     return [
         *_shape(recipe),
@@ -141,7 +143,7 @@ _SOURCES = ("models", "slices", "modules")
 def _where(recipe: Recipe) -> tuple[str, Level]:
     if recipe.form == "merge":
         return "merge_method", "adapters" if adapters_alone(recipe) else "weights"
-    if recipe.form == "layers":
+    if recipe.form in ("layers", "cross_stitch"):
         return "fusion", "layers"
     return "fusion", "outputs" if recipe.form in APART else "features"
 
@@ -200,7 +202,7 @@ def _misplaced(recipe: Recipe) -> Iterator[Problem]:
     for key, users in (("target", ("transplant", "stages", "distill")), ("stages", ("stages", "transplant"))):
         if recipe.fusion not in users and getattr(recipe, key) is not None:
             yield Problem(key, f"means something only with fusion: {' or '.join(users)}", _REMOVE)
-    if form != "fusion" and recipe.head is not None:
+    if form not in ("fusion", "cross_stitch") and recipe.head is not None:
         yield Problem("head", "only a fusion of features gets a head", _REMOVE)
     if form in ("merge", "ensemble") and recipe.training is not None and not learns(recipe):
         yield Problem("training", f"{'a merge' if form == 'merge' else 'an ensemble'} isn't trained", _REMOVE)

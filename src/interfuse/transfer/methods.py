@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import nn
 
+from interfuse.modules.cross_stitch import CrossStitch
 from interfuse.modules.stitched import Stitched
 from interfuse.registry import register
 from interfuse.transfer.report import Report
@@ -20,6 +22,10 @@ from interfuse.transfer.tying import Tied, tie
 _RULES = "Patterns of the source's names and the target's, {encoder.layer.*: layers.*}; null leaves tensors out."
 _DEPTH = "A stack of the target and where the source's layers go in it, {layers: {0: 0, 1: 2}}; or spread, or repeat."
 _ADAPT = "How tensors of other shapes are made to fit: crop, pad, kernels, positions, heads; for all, or by pattern."
+_VOCABULARY = (
+    "true: rows of embeddings and heads go by token, as the tokenizers of both models say; {source: FOLDER, target: FOLDER} "
+    "names others."
+)
 _STRICT = "Whether a tensor that finds no place, or is given none, is an error."
 
 _BLOCKS_DEPTH = "How many blocks are shared, or the path of the last one; auto: the smallest network that is good enough."
@@ -38,6 +44,9 @@ _SAMPLES = "How many samples the map is fitted to; left out, all."
 _Place = Annotated[str, Field(min_length=1)]
 
 
+_CROSS = inspect.signature(CrossStitch).parameters  # its defaults, which are written there alone
+
+
 @register("transplant", "layers", paper="Yosinski et al. 2014, arXiv:1411.1792", needs="a target")
 def transplanted(
     source: nn.Module,
@@ -46,10 +55,12 @@ def transplanted(
     rules: Annotated[dict[str, str | None] | None, Field(description=_RULES)] = None,
     depth: Annotated[str | dict[str, Any] | None, Field(description=_DEPTH)] = None,
     adapt: Annotated[str | list[str] | dict[str, str | list[str]] | None, Field(description=_ADAPT)] = None,
+    vocabulary: Annotated[bool | dict[Literal["source", "target"], str] | None, Field(description=_VOCABULARY)] = None,
     strict: Annotated[bool, Field(description=_STRICT)] = False,
 ) -> Report:
     """Copies parameters into `target` as they are: by name, by map, by layer, adapted where asked."""
-    return transplant(source, target, rules, depth=depth, adapt=adapt, strict=strict, show=False)
+    tokens = (vocabulary["source"], vocabulary["target"]) if isinstance(vocabulary, dict) else None
+    return transplant(source, target, rules, depth=depth, adapt=adapt, vocabulary=tokens, strict=strict, show=False)
 
 
 @register("stages", "layers", paper="Howard & Ruder 2018, arXiv:1801.06146", needs="a target, training data")
@@ -100,3 +111,26 @@ def stitched(
 ) -> Stitched:
     """Joins two trained networks by a linear map, by least squares: one up to a place, the other from a place on."""
     return stitch(a, b, (at[0], at[1]), data, ridge=ridge, samples=samples)
+
+
+_CROSSED = "The modules after which the networks are mixed, in the order they run: a list for all, a list a model, or by model."
+_OWN = "How much of itself each network begins with; the others share the rest."
+_UNIT = "One weight for a network's features as a whole, or one a channel."
+_HEADS = "Each network keeps its own, and their mean is given; or one for all, which begins as that mean."
+_EXAMPLES = "How many training samples the maps between the networks are made from."
+
+
+@register("cross_stitch", "layers", paper="Misra et al. 2016, arXiv:1604.03539", needs="training data")
+def crossed(
+    models: Mapping[str, nn.Module],
+    example: Any,
+    *,
+    at: Annotated[list[_Place] | list[list[_Place]] | dict[str, list[_Place]], Field(min_length=1, description=_CROSSED)],
+    own: Annotated[float, Field(ge=0, le=1, description=_OWN)] = _CROSS["own"].default,
+    per: Annotated[Literal["unit", "channel"], Field(description=_UNIT)] = _CROSS["per"].default,
+    heads: Annotated[Literal["own", "shared"], Field(description=_HEADS)] = "own",
+    examples: Annotated[int, Field(ge=2, description=_EXAMPLES)] = 512,
+) -> CrossStitch:
+    """Runs trained networks side by side, which at several depths see a little of each other's features."""
+    places = [at[name] for name in models] if isinstance(at, dict) else at
+    return CrossStitch(models, places, example, own=own, per=per)
