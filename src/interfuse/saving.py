@@ -67,6 +67,7 @@ class _Ensemble(_Network):
     members: list[_Member]
     combine: Kind
     classes: list[list[str]] | None = None
+    batched: bool | None = None
 
 
 class _Fusion(_Network):
@@ -92,6 +93,7 @@ _KINDS: dict[str, type[BaseModel]] = {
     "network": _Network,
     "weights": _Plain,
     "merge": _Plain,
+    "transplant": _Plain,
 }
 
 
@@ -182,7 +184,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         }
     if isinstance(model, Ensemble):
         about = {"kind": "ensemble", "members": _members(model), "combine": model.combine, "classes": model.spaces}
-        return common | about
+        return common | about | ({} if model.batched is None else {"batched": model.batched})
     return common | {"kind": "network", **told(model)}
 
 
@@ -232,13 +234,14 @@ def load(
     if not Path(folder).is_dir():
         folder = fetched(str(folder))
     about = _description(Path(folder) / DESCRIPTION)
-    if about["kind"] in ("weights", "merge", "network"):
+    if about["kind"] in ("weights", "merge", "transplant", "network"):
         return _single(Path(folder), about, models, trust_code)
     checkpoint = open_checkpoint(Path(folder) / TENSORS)
     members = _given(about["members"], models, trust_code)
     model: ModelFusion | Ensemble
     if about["kind"] == "ensemble":
-        model = Ensemble(members, combine=about["combine"], classes=about.get("classes"), copy=False)
+        options = {key: about.get(key) for key in ("combine", "classes", "batched")}
+        model = Ensemble(members, copy=False, **options)  # type: ignore[arg-type]
     else:
         model = _fusion(about, members, head)
     model.references = tuple(member["reference"] for member in about["members"])

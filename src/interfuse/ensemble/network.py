@@ -1,18 +1,21 @@
 """`Ensemble`: the predictions of several networks as one. The level outputs; the networks aren't trained.
 
 How predictions are combined, and the sources, are `combine`'s; what is learned from validation data is `learning`'s. An
-ensemble costs all its members at inference; of greedy selection those that were drawn.
+ensemble costs all its members at inference; of greedy selection those that were drawn. Whether networks of one architecture
+run in one pass is `batched`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from interfuse.ensemble.batched import Batched, unlike
 from interfuse.ensemble.calibration import Calibration, cross_validated
 from interfuse.ensemble.combine import COMBINE, LEARNS, Labels, combined, log_probabilities_of
 from interfuse.errors import DataError, ModelError, OptionError, Problem, nearest
@@ -29,6 +32,10 @@ _COMBINE = (
     " too); a vote; or, learned from validation data, weighted, greedy, temperature or stacking."
 )
 _CLASSES = "Each model's class names in the order of its outputs, where they differ: a list a model, or by model name."
+_BATCHED = (
+    "Whether networks of one architecture run in one pass with their weights stacked, a second time in memory: left out,"
+    " where it's measured to be faster; true, wherever it can be done; false, never, for the same bits in every run."
+)
 
 #: Every number that an ensemble may have learned; `scale` is the temperature of the whole.
 LEARNED = (*dict.fromkeys(name for names in LEARNS.values() for name in names), "scale")
@@ -42,6 +49,9 @@ class Ensemble(Composite):
         or a `vote`; `weighted`, `greedy`, `temperature` and `stacking` are learned by `calibrate`.
     classes: the class names of each network, a list a network or a dict by name, where they differ: the result has all
         names in the order they are first seen, as `classes`; a network gives no probability to a class it doesn't know.
+    batched: whether networks of one architecture run in one pass (`ensemble.batched` says how and when). None measures it on
+        the batches that come, and so may give other last bits from run to run; True is wherever it can be done, in
+        evaluation mode and without gradients of the weights, and a `ModelError` for networks that can't; False is never.
     Inputs are as for `ModelFusion`; a network whose inputs are None is left out. Networks are copied unless `copy=False`.
 
     Raises `ModelError` where the predictions don't fit each other, aren't (batch, 2 or more classes) for any kind but
@@ -59,19 +69,28 @@ class Ensemble(Composite):
         *,
         combine: Annotated[Kind, Field(description=_COMBINE)] = "probabilities",
         classes: Annotated[Names | None, Field(description=_CLASSES)] = None,
+        batched: Annotated[bool | None, Field(description=_BATCHED)] = None,
     ) -> None:
         super().__init__()
+        problems = []
         if combine not in COMBINE:
-            raise OptionError(Problem("combine", f"got {combine!r}", nearest(str(combine), COMBINE)))
-        self.combine = combine
+            problems.append(Problem("combine", f"got {combine!r}", nearest(str(combine), COMBINE)))
+        if batched not in (None, True, False):
+            problems.append(Problem("batched", f"got {batched!r}", "True, False, or None"))
+        if problems:
+            raise OptionError(*problems)
+        self.combine, self.batched = combine, batched
         self.names, self.backbones, self.references = members(models, copy=copy)
         self.spaces = _spaces(self.names, classes)
         self.labels = Labels() if self.spaces is None else Labels.join(self.spaces)
         if combine in ("logits", "log_probabilities") and not self.labels.alike:
             wrong = f"got {combine!r} for networks with different classes"
             raise OptionError(Problem("combine", wrong, "probabilities, a vote, or a kind that is learned"))
+        if batched and (reason := unlike(list(self.backbones))):
+            raise ModelError(Problem("batched", f"True, but {reason}", "leave it out, or give False"))
         for name in LEARNED:
             self.register_buffer(name, None)
+        self.one_pass = Batched()
 
     @staticmethod
     def learns(combine: str) -> bool:
@@ -115,7 +134,30 @@ class Ensemble(Composite):
 
     def forward(self, inputs: Any) -> Tensor:
         """Inputs -> (batch, classes)."""
-        return self.join(self.each(inputs))
+        together = self._together(inputs)
+        return self.join(self.each(inputs) if together is None else together)
+
+    @property
+    def held(self) -> int:
+        """Bytes of the stacked weights, where networks run in one pass."""
+        return self.one_pass.bytes
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Ensemble:
+        self.one_pass.forget()  # the stack isn't moved along
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+
+    def _together(self, inputs: Any) -> list[Tensor] | None:
+        """Every network's output by one pass; None where they run one by one."""
+        own = inputs_by_model(self.names, inputs)
+        if self.batched is False or own[0] is None or any(x is not own[0] for x in own):
+            return None
+        if self.combine == "greedy" and self.weight is not None and not all(self.weight.tolist()):
+            return None
+
+        def one_by_one() -> list[Tensor]:
+            return [prediction(call(model, own[0], name), name) for name, model in zip(self.names, self.backbones, strict=True)]
+
+        return self.one_pass.run(list(self.backbones), own[0], one_by_one, self.batched)
 
     def each(self, inputs: Any, *, all_of_them: bool = False) -> list[Tensor | None]:
         """Every network's outputs, (batch, its classes); None of those without inputs, or without a share in the result."""
@@ -181,6 +223,19 @@ class Ensemble(Composite):
         if problems:
             raise ModelError(*problems)
         return [self.labels.spread(k, change(output)) for k, output in there.items()]
+
+
+@contextmanager
+def one_by_one(model: nn.Module) -> Iterator[None]:
+    """Every ensemble within `model` runs its networks one by one, for the same bits each time."""
+    found = [(module, module.batched) for module in model.modules() if isinstance(module, Ensemble)]
+    try:
+        for module, _ in found:
+            module.batched = False
+        yield
+    finally:
+        for module, batched in found:
+            module.batched = batched
 
 
 class _Each(Composite):

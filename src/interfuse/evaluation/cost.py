@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from interfuse.errors import OptionError, Problem
-from interfuse.modules.inputs import batch_size, call, move
+from interfuse.modules.inputs import Composite, batch_size, call, move
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Cost:
     flops: floating-point operations of one forward pass, per example, by torch's counter: matrix products, convolutions
     and attention, a multiply-add being two; element-wise work isn't counted.
     latency: median of the timed forward passes of a batch of `batch` examples, in seconds.
-    memory: peak bytes of a forward pass of that batch: parameters, buffers and activations, without the inputs. On a CPU
-    these are the tensors alive after each operation (what a kernel takes within one isn't seen); on CUDA the
-    allocator's peak.
+    memory: peak bytes of a forward pass of that batch: parameters, buffers, activations, and what a model holds beside them
+    (an ensemble's stacked weights), without the inputs. On a CPU these are the tensors alive after each operation (what a
+    kernel takes within one isn't seen); on CUDA the allocator's peak.
     """
 
     parameters: int
@@ -73,6 +73,7 @@ def cost(model: nn.Module, example_inputs: Any, *, repeats: int = 10, warmup: in
             forward()
         latency = _latency(forward, device, repeats)
         memory = _peak_cuda(model, forward, device) if device.type == "cuda" else _peak(model, inputs, forward)
+        memory += sum(module.held for module in model.modules() if isinstance(module, Composite))
         flops = _flops(model, forward)
     parameters = list(model.parameters())  # without duplicates
     return Cost(

@@ -28,6 +28,11 @@ class Composite(Pretrained):
 
     names: tuple[str, ...]
 
+    @property
+    def held(self) -> int:
+        """Bytes that it keeps beside its parameters and buffers."""
+        return 0
+
 
 class Marked(NamedTuple):
     """One model's inputs, of which some examples may hold nothing: `present` is (batch,), False where they don't count."""

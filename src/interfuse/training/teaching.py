@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, TensorDataset
 
 from interfuse.ensemble.combine import Labels, log_probabilities_of
+from interfuse.ensemble.network import one_by_one
 from interfuse.errors import DataError, ModelError, Problem
 from interfuse.inference.batches import batches, first, in_order, is_indexed
 from interfuse.inference.predict import predict
@@ -143,7 +144,8 @@ def watched(model: nn.Module, paths: Sequence[str], name: str) -> Iterator[dict[
 
 def taught(teachers: Teachers, loader: Any, *, progress: bool) -> Lesson:
     """One pass of the teachers over the data, in order, in evaluation mode and without gradients."""
-    found = predict(teachers, in_order(loader), progress=progress)
+    with one_by_one(teachers):
+        found = predict(teachers, in_order(loader), progress=progress)
     parts = list(found.outputs.split(teachers.widths, 1))
     count = len(teachers.teachers)
     return Lesson(parts[:count], parts[count:], found.targets)
