@@ -17,6 +17,7 @@ from torch import nn
 
 from interfuse.checkpoints.source import open_checkpoint
 from interfuse.data import Data
+from interfuse.errors import OptionError, Problem
 from interfuse.models import load_tokenizer
 from interfuse.pipeline.growing import note_growth, rehearsed
 from interfuse.pipeline.networks import (
@@ -30,6 +31,7 @@ from interfuse.pipeline.networks import (
 )
 from interfuse.pipeline.record import STAGES, hash_data
 from interfuse.pipeline.task_data import Sets, load_stages
+from interfuse.pipeline.transplanting import asked_of
 from interfuse.pipeline.trial import try_networks
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import names_of, options_of
@@ -53,7 +55,8 @@ def run_layers(recipe: Recipe, folder: Path, *, trust_code: bool, device: str | 
     result = Result(networks[TARGET], hashes=hashes, classes=classes)
     if recipe.fusion == "transplant":
         (name, source), *_ = models.items()
-        report = transplant(source, result.model, **options_of(recipe), show=progress)
+        asked = asked_of(options_of(recipe), recipe.models[0].model, str(recipe.target), "parameters")
+        report = transplant(source, result.model, **asked, show=progress)
         result.notes = (f"from {name}: {report.summary()}",)
     else:
         kept = folder / STAGES / _key(recipe, hashes)
@@ -98,8 +101,8 @@ def _stages(
 ) -> StagesRecord:
     grown = rehearsed(recipe, target, sets, own)
     common = recipe.training.model_dump(exclude_none=True) if recipe.training is not None else {}
-    parts = zip(recipe.stages or [], own, grown, strict=True)
-    stages = Stages(_stage(stage, common, data, growth) for stage, data, growth in parts)
+    parts = zip(recipe.stages or [], own, grown, _copied(recipe), strict=True)
+    stages = Stages(_stage(stage, common, data, growth, copied) for stage, data, growth, copied in parts)
     for other in kept.parent.glob("*"):
         if other != kept:  # of another recipe, or other models
             shutil.rmtree(other)
@@ -107,15 +110,38 @@ def _stages(
     return stages.run(target, models, sets.get("train"), sets.get("validation"), **how)
 
 
+def _copied(recipe: Recipe) -> list[dict[str, Any]]:
+    """What each stage copies, as `Stage` takes it."""
+    entries = dict(zip(names_of(recipe), recipe.models, strict=True))
+    found: list[dict[str, Any]] = []
+    problems: list[Problem] = []
+    for i, stage in enumerate(recipe.stages or ()):
+        copied = dict(stage.copied or {})
+        for name, how in copied.items():
+            try:
+                if isinstance(how, dict):
+                    copied[name] = asked_of(how, entries[name].model, str(recipe.target), f"stages[{i}].copied.{name}")
+            except OptionError as error:
+                problems += error.problems
+        found.append(copied)
+    if problems:
+        raise OptionError(*problems)
+    return found
+
+
 def _stage(
-    written: Written, common: Mapping[str, Any], own: Sets | None, grow: Callable[[nn.Module], nn.Module] | None
+    written: Written,
+    common: Mapping[str, Any],
+    own: Sets | None,
+    grow: Callable[[nn.Module], nn.Module] | None,
+    copied: Mapping[str, Any],
 ) -> Stage:
     said = written.training.model_dump(exclude_none=True) if written.training is not None else {}
     options = {**common, **said}
     train = options.pop("train_only", None)
     return Stage(
         written.name or "",
-        written.copied or {},
+        copied,
         grow=grow,
         train=[] if options.get("epochs") == 0 else train,
         data=None if own is None else (own["train"], own.get("validation")),

@@ -25,6 +25,8 @@ from interfuse.recipe.own_data import named
 from interfuse.report.plan import text
 
 RECIPE = "recipe.yaml"
+#: The picture of a fusion's weights by epoch, where validation set them.
+WEIGHTS = "weights.svg"
 DESCRIPTION = "interfuse.json"
 #: Where finished stages are kept in an output that isn't whole yet.
 STAGES = ".stages"
@@ -116,6 +118,7 @@ class RunRecord:
         if self.training is not None and self.training["best"]:
             values = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in self.training["best"].items())
             lines.append(f"best epoch {self.training['best_epoch']}: {values}")
+            lines += _weights(self.training)
         if self.test is not None:
             lines.append(_scored(self.test))
             lines += [_without(name, about) for name, about in self.test.get("without", {}).items()]
@@ -133,6 +136,16 @@ def _without(name: str, about: dict[str, Any]) -> str:
 def _scored(test: dict[str, Any]) -> str:
     interval = f"95% interval {test['low']:.4g} to {test['high']:.4g}, {test['examples']} examples"
     return f"test {test['metric']} {test['value']:.4g} ({interval})"
+
+
+def _weights(training: dict[str, Any]) -> list[str]:
+    """The weights that validation set for the epoch that is kept: the last before it of those that were set."""
+    rows = training.get("schedule", {}).get("history", [])
+    kept = [row for row in rows if row["epoch"] <= max(training["best_epoch"], 1)]
+    if not kept:
+        return []
+    values = ", ".join(f"{name} {weight:.4g}" for name, weight in kept[-1].items() if name != "epoch")
+    return [f"weights set by validation: {values} (every epoch's are in {WEIGHTS})"]
 
 
 def _coefficients(about: dict[str, Any]) -> list[str]:
@@ -207,7 +220,9 @@ def _write_card(folder: Path, chain: Sequence[Recipe], record: RunRecord, kind: 
     made = [Made(name, e.model + (f" with {e.weights}" if e.weights else "")) for name, e in entries]
     made += [Made(key.removesuffix("_model"), ref) for key, ref in recipe.beside.items()]
     use = Use("peft", _USE_ADAPTER) if kind == "adapter merge" else None if kind == "transplant" else Use("interfuse", _USE)
-    write_card(folder, record.title(), made, as_yaml(chain), use=use, papers=record.papers, quality=record.scores())
+    quality = record.scores()
+    quality += [f"![Each model's weight by epoch]({WEIGHTS})"] if (folder / WEIGHTS).is_file() else []
+    write_card(folder, record.title(), made, as_yaml(chain), use=use, papers=record.papers, quality=quality)
 
 
 def versions() -> dict[str, str]:

@@ -74,6 +74,11 @@ def run(
     checked, of_files = chain[-1], merges_files(chain)
     if merges_adapters(chain):
         return run_adapters(checked, out, overwrite=overwrite, dry_run=dry_run, progress=progress)
+    if checked.fusion == "transplant":
+        from interfuse.pipeline.transplanting import copies_files, run_transplant
+
+        if copies_files(checked):
+            return run_transplant(checked, out, overwrite=overwrite, dry_run=dry_run, **how)
     going_on = resume and of_files and not dry_run
     if going_on and (before := finished_before(chain, out, compat=mergekit_compat, nonfinite=allow_nonfinite)) is not None:
         settle(out)

@@ -33,7 +33,7 @@ from interfuse.recipe import load_recipe, load_recipes
 from interfuse.recipe.pieces import references
 from interfuse.recipe.references import Reference
 
-_KINDS = ("merge", "mixture", "adapter merge", "extracted adapter")
+_KINDS = ("merge", "mixture", "transplant", "adapter merge", "extracted adapter")
 
 
 class Check(NamedTuple):
@@ -251,9 +251,32 @@ def _extracted(folder: Path, record: Mapping[str, Any], threads: int | None, dev
     return _Made(checks, again if there else None)
 
 
+def _transplant(folder: Path, record: Mapping[str, Any], threads: int | None, device: str | None, progress: bool) -> _Made:
+    from interfuse.pipeline.transplanting import digest_of, prepared_by, write_into
+
+    try:
+        recipe = load_recipe(record["recipes"][0])
+    except (UserError, LookupError, TypeError) as error:
+        return _Made([Check("recipe", DESCRIPTION, False, f"isn't a recipe: {error}")], None)
+    checks = _recipe_file(folder, load_recipe, recipe)
+    inputs, there = _whole(record, open_checkpoint)
+    if not there:
+        return _Made([*checks, *inputs], None)
+    try:
+        prepared = prepared_by(recipe)
+    except UserError as error:
+        wrong = [Check("recipe", DESCRIPTION, False, str(problem)) for problem in error.problems]
+        return _Made([*checks, *wrong, *inputs], None)
+    same = digest_of(prepared) == record.get("plan")
+    said = "" if same else "gives another plan: the recipe or a model's tensors have changed"
+    checks = [*checks, Check("recipe", DESCRIPTION, same, said), *inputs]
+    return _Made(checks, lambda target: write_into(recipe, prepared, target))
+
+
 _MAKERS: dict[str, Callable[[Path, Mapping[str, Any], int | None, str | None, bool], _Made]] = {
     "merge": _merge,
     "mixture": _mixture,
+    "transplant": _transplant,
     "adapter merge": _adapters,
     "extracted adapter": _extracted,
 }

@@ -57,9 +57,27 @@ def absolute(recipe: Recipe, folder: Path, known: Sequence[str] = ()) -> tuple[R
         }
     changes |= _tokenizer(recipe, model)
     changes["data"] = _data(recipe.data, folder)
+    if recipe.fusion == "transplant":
+        changes["parameters"] = _vocabulary(recipe.parameters, folder)
     if recipe.stages is not None:
-        changes["stages"] = [stage.model_copy(update={"data": _data(stage.data, folder)}) for stage in recipe.stages]
+        changes["stages"] = [
+            stage.model_copy(
+                update={
+                    "data": _data(stage.data, folder),
+                    "copied": stage.copied and {name: _vocabulary(how, folder) for name, how in stage.copied.items()},
+                }
+            )
+            for stage in recipe.stages
+        ]
     return recipe.model_copy(update=changes), problems
+
+
+def _vocabulary(how: Any, folder: Path) -> Any:
+    """Options of a transplant with the folders of its tokenizers, if it names any."""
+    said = how.get("vocabulary") if isinstance(how, dict) else None
+    if not isinstance(said, dict):
+        return how
+    return how | {"vocabulary": {side: place(ref, folder) if isinstance(ref, str) else ref for side, ref in said.items()}}
 
 
 def _data(section: DataSection | None, folder: Path) -> DataSection | None:

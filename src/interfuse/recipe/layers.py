@@ -31,7 +31,8 @@ def layers_problems(recipe: Recipe, names: Sequence[str]) -> Iterator[Problem]:
     if recipe.fusion in TARGETED and recipe.target is None:
         yield Problem("target", "missing", "the network that is copied into: a folder, a hub id, or python:module:function")
     checks = {"transplant": _transplant, "stages": _stages, "share_trunk": _share_trunk, "tie": _tie, "stitch": _stitch}
-    yield from checks[str(recipe.fusion)](recipe, names)
+    if recipe.fusion in checks:
+        yield from checks[recipe.fusion](recipe, names)
 
 
 def finds_depth(recipe: Recipe) -> bool:

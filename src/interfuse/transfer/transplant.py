@@ -80,24 +80,72 @@ def transplant(
             "a checkpoint isn't changed: give out=FOLDER" if on_disk else "what is in memory is changed there: leave it out"
         )
         raise OptionError(Problem("out", f"got {out!r} for a {type(target).__name__}", allowed))
+    state = {} if on_disk else _state(target)
+    made = _made(origin, goal, rules, depth, adapt, vocabulary, state)
+    _check(made.report, made.matches, strict, ModelError if isinstance(target, nn.Module) else CheckpointError)
+    if out is not None:
+        inputs = [item for item in (source, target) if isinstance(item, (str, Path))]
+        with whole_folder(out, overwrite=overwrite, inputs=inputs, nbytes=made.nbytes) as folder:
+            made.write(folder)
+    else:
+        _fill(target, _values(made.plan, origin, goal, state))
+    if show:
+        _show(made.report)
+    return made.report
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A transplant between two checkpoints, decided from their headers alone."""
+
+    origin: Checkpoint
+    goal: Checkpoint
+    plan: _Plan
+    matches: Matches
+    report: Report
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes of tensors `write` writes."""
+        return sum(spec.nbytes for spec in self.goal.specs.values())
+
+    def write(self, folder: Path) -> list[str]:
+        """Write the target's tensors with the new values, and its small files; the names of those that were left behind."""
+        return _write(folder, self.plan, self.origin, self.goal)
+
+
+def prepare(
+    source: Checkpoint,
+    target: Checkpoint,
+    *,
+    rules: Rules | None = None,
+    depth: Depth | None = None,
+    adapt: Adapt | None = None,
+    vocabulary: tuple[Tokens, Tokens] | None = None,
+    strict: bool = False,
+) -> Prepared:
+    """A transplant of files as `transplant` would do it; it raises the same, and nothing is read but headers."""
+    made = _made(source, target, rules, depth, adapt, vocabulary, {})
+    _check(made.report, made.matches, strict, CheckpointError)
+    return made
+
+
+def _made(
+    origin: Checkpoint,
+    goal: Checkpoint,
+    rules: Rules | None,
+    depth: Depth | None,
+    adapt: Adapt | None,
+    vocabulary: tuple[Tokens, Tokens] | None,
+    state: Mapping[str, Any],
+) -> Prepared:
     problems = check_ways(adapt, list(goal.specs))
     if problems:
         raise OptionError(*problems)
     matches = match(origin.specs, goal.specs, rules, depth)
     rows = None if vocabulary is None else _rows(vocabulary, origin, goal, matches)
-    state = {} if on_disk else _state(target)
     plan = _planned(origin, goal, matches, adapt, rows, state)
-    report = _report(plan, matches, origin, goal)
-    _check(report, matches, strict, ModelError if isinstance(target, nn.Module) else CheckpointError)
-    if out is not None:
-        inputs = [item for item in (source, target) if isinstance(item, (str, Path))]
-        with whole_folder(out, overwrite=overwrite, inputs=inputs, nbytes=sum(s.nbytes for s in goal.specs.values())) as folder:
-            _write(folder, plan, origin, goal)
-    else:
-        _fill(target, _values(plan, origin, goal, state))
-    if show:
-        _show(report)
-    return report
+    return Prepared(origin, goal, plan, matches, _report(plan, matches, origin, goal))
 
 
 def _state(target: Any) -> dict[str, Any]:
@@ -250,8 +298,8 @@ def _fill(target: Any, values: Mapping[str, Tensor]) -> None:
             np.copyto(target[name], to_array(value))
 
 
-def _write(folder: Path, plan: _Plan, origin: Checkpoint, goal: Checkpoint) -> None:
-    """The target's tensors with the new values, one at a time, and its small files."""
+def _write(folder: Path, plan: _Plan, origin: Checkpoint, goal: Checkpoint) -> list[str]:
+    """The target's tensors with the new values, one at a time, and its small files; which were left behind."""
     names, sizes = list(goal.specs), [spec.nbytes for spec in goal.specs.values()]
     with ShardWriter(folder, goal.specs, stems=goal.stems) as writer:
         for name in track(names, "transplanting", sizes=sizes):
@@ -264,8 +312,7 @@ def _write(folder: Path, plan: _Plan, origin: Checkpoint, goal: Checkpoint) -> N
                 writer.write(name, start, of.block(theirs, start, stop))
     for file in dict.fromkeys([*origin.files(), *goal.files()]):
         file.check()
-    if goal.folder is not None:
-        copy_side_files(goal.folder, folder, list(goal.stems))
+    return copy_side_files(goal.folder, folder, list(goal.stems)) if goal.folder is not None else []
 
 
 def _show(report: Report) -> None:
