@@ -2,8 +2,8 @@
 
 Experts: MiniLM (6 layers of width 384; over half of its parameters are embeddings) under a head that starts from logistic
 regression on the pre-trained features; then all weights by `itf.fit`, two epochs, batches of 32 texts of like length, AdamW at
-1e-4. A task has 2,000 texts of its file `train`, a fifth of them for validation, and up to 1,000 of its file `test`, all cut at
-48 tokens.
+1e-4. A task has `--texts` texts of its file `train` (2,000), a fifth of them for validation, and up to 1,000 of its file
+`test`, all cut at 48 tokens; where no epoch beats the start on validation texts, the start is the expert.
 
 Sharing: the embeddings and the first k layers become one by each of five weight methods with usual coefficients; then, at some
 depths, what is left is trained further for one epoch on the same texts: each task's own layers alone, everything together, or
@@ -28,9 +28,10 @@ import torch
 from benchmarks.text_experts import experts
 from benchmarks.text_experts.sharing import DEPTHS, LAYERS, METHODS, Given, Tuning, costs, result
 from benchmarks.text_experts.table import chosen, figure, markdown
-from benchmarks.text_experts.texts import TASKS, Sizes, read
+from benchmarks.text_experts.texts import TASKS, read
 
 HERE = Path(__file__).parent
+TESTED = 1000  # texts of each file `test`
 PICTURE = "![Mean accuracy against parameters and latency, from eight experts to one encoder](../../docs/text-sharing.svg)"
 #: Where shared networks are trained further, in the order in which they are.
 TUNED: tuple[tuple[int, Tuning], ...] = ((6, "all"), (3, "own"), (6, "own"), (6, "distilled"), (3, "all"))
@@ -39,14 +40,14 @@ TUNED: tuple[tuple[int, Tuning], ...] = ((6, "all"), (3, "own"), (6, "own"), (6,
 def measure(given: Given) -> None:
     """All points, the most telling first. Further trained are those of the method that is best with all layers shared."""
     best = max(METHODS, key=lambda method: result(given, LAYERS, method).mean)
-    for k in (3, 4, 5):
+    for k in (k for k in DEPTHS if isinstance(k, int) and k >= LAYERS // 2):
         result(given, k, best)
     for k, tuning in TUNED:
         result(given, k, best, tuning, test=True)
-    for k in (3, LAYERS):
+    for k in (LAYERS // 2, LAYERS):
         result(given, k, best, test=True)
     for method in (best, "linear", *METHODS):
-        for depth in DEPTHS if method in (best, "linear") else (3, LAYERS):
+        for depth in DEPTHS if method in (best, "linear") else (LAYERS // 2, LAYERS):
             result(given, depth, method)
 
 
@@ -58,15 +59,17 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=("experts", "sharing", "costs", "table"), help="one part; the table is of what is kept"
     )
+    parser.add_argument("--texts", type=int, default=2000, help="how many of each task's file `train`, validation among them")
     parser.add_argument("--out", type=Path, help="where README.md and the picture go, in place of the repository")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     words = experts.tokenizer()
-    tasks = {name: read(options.data, name, words, Sizes()) for name in TASKS}
+    tasks = {name: read(options.data, name, words, options.texts, TESTED) for name in TASKS}
+    cache = options.cache / str(options.texts)
     networks, records = {}, {}
     for name, task in tasks.items():
-        networks[name], records[name] = experts.expert(options.cache, name, task)
-    given = Given(tasks, networks, experts.pretrained(1), options.cache)
+        networks[name], records[name] = experts.expert(cache, name, task)
+    given = Given(tasks, networks, experts.pretrained(1), cache)
     if options.only in (None, "sharing"):
         measure(given)
     prices = costs(given, again=options.only == "costs")

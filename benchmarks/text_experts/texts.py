@@ -19,15 +19,6 @@ LENGTH, BATCH = 48, 32  # tokens at most, texts
 POOL = 64  # batches that are sorted together
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """How many texts of each task; validation is cut from the file `train`."""
-
-    train: int = 1600
-    validation: int = 400
-    test: int = 1000
-
-
 class Texts(Dataset[Any]):
     """Token numbers and a label each."""
 
@@ -86,12 +77,12 @@ def padded(rows: Sequence[tuple[Sequence[int], Any]]) -> tuple[dict[str, Tensor]
     return {"input_ids": ids, "attention_mask": mask}, targets
 
 
-def read(data: Path, name: str, tokenizer: Any, sizes: Sizes) -> Task:
-    """A task's parts, disjoint rows drawn with seed 0; texts of the file `test` are only in the part `test`."""
+def read(data: Path, name: str, tokenizer: Any, texts: int, tested: int) -> Task:
+    """A task's parts, drawn with seed 0: `texts` of its file `train`, a fifth for validation; `tested` of its file `test`."""
     train, test = _rows(data / name / "train.csv.gz"), _rows(data / name / "test.csv.gz")
-    drawn = _drawn(train, sizes.train + sizes.validation)
-    held = min(sizes.validation, len(drawn) // 5)
-    parts = {"train": drawn[held:], "validation": drawn[:held], "test": _drawn(test, sizes.test)}
+    drawn = _drawn(train, texts)
+    held = len(drawn) // 5
+    parts = {"train": drawn[held:], "validation": drawn[:held], "test": _drawn(test, tested)}
     labels = json.loads((data / name / "meta.json").read_text(encoding="utf-8"))["labels"]
     return Task(len(labels), {part: _encoded(rows, tokenizer) for part, rows in parts.items()})
 

@@ -31,7 +31,7 @@ def parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     monkeypatch.setattr(found["experts"], "home", lambda: tmp_path / "minilm")
     main = found["__main__"]
     monkeypatch.setattr(main, "TASKS", ("snips", "trec6"))
-    monkeypatch.setattr(main, "Sizes", lambda: found["texts"].Sizes(48, 12, 16))
+    monkeypatch.setattr(main, "TESTED", 16)
     monkeypatch.setattr(main, "TUNED", ((6, "all"), (3, "own"), (3, "distilled")))
     for module in (main, found["sharing"], found["table"]):
         monkeypatch.setattr(module, "METHODS", {"linear": {}, "iso_c": {}})
@@ -72,13 +72,13 @@ def test_the_whole_of_it(parts: dict[str, Any], tmp_path: Path, monkeypatch: pyt
     for text in ("| embeddings |", "| **mean** |", "| nothing |", "chosen, test", "each task's own layers trained"):
         assert text in table
     assert "<svg" in (tmp_path / "out" / "text-sharing.svg").read_text()
-    kept = {path.name: path.read_bytes() for path in (tmp_path / "cache" / "results").iterdir()}
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "cache" / "60" / "results").iterdir()}
     assert {"6-iso_c-merged.json", "embeddings-linear-merged.json"} <= set(kept)
     monkeypatch.setattr(parts["experts"], "_train", None)
     monkeypatch.setattr(parts["sharing"], "_tune", None)
     main.main()
     assert (tmp_path / "out" / "README.md").read_text() == table
-    assert {path.name: path.read_bytes() for path in (tmp_path / "cache" / "results").iterdir()} == kept
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cache" / "60" / "results").iterdir()} == kept
 
 
 def test_the_smallest_within_a_point_is_chosen_by_validation(parts: dict[str, Any]) -> None:
