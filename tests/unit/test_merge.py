@@ -313,6 +313,41 @@ def test_what_does_not_fit_is_dropped_or_kept_where_that_is_asked_for() -> None:
         merge("linear", [one, one], keep="ids")
 
 
+@pytest.mark.parametrize("make", [lambda seed: net(seed), lambda seed: dict(net(seed).state_dict())])
+def test_patterns_that_leave_or_match_nothing_are_refused_beside_all_else(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*given: Any, **options: Any) -> None:
+        raise AssertionError("no tensor may be merged")
+
+    monkeypatch.setattr("interfuse.engine.merge.execute", never)
+    with pytest.raises((CheckpointError, ModelError)) as caught:
+        merge("linear", [make(1), make(2)], drop=["*"])
+    assert str(caught.value) == "drop: leaves no tensor; name fewer: what is dropped isn't in the result"
+    with pytest.raises((CheckpointError, ModelError)) as caught:
+        merge("linear", [make(1), make(2)], drop=["0.*", "old"], weights=[1, 2, 3], dtype="float31", normalise=True, out="o")
+    assert [problem.path for problem in caught.value.problems] == [
+        "out",
+        "weights",
+        "parameters.normalise",
+        "drop[1]",
+    ]
+    with pytest.raises((CheckpointError, ModelError)) as caught:
+        merge("linear", [make(1), make(2)], drop=["*"], dtype="float31")
+    assert [problem.path for problem in caught.value.problems] == ["drop", "out_dtype"]
+    with pytest.raises(OptionError, match=re.escape("drop[0]: got '/(/'")):
+        merge("linear", [make(1), make(2)], drop=["/(/"])
+
+
+def test_a_numpy_scalar_is_a_tensor_without_dimensions() -> None:
+    models = [{"s": np.float32(x), "n": np.int64(7), "on": np.True_} for x in (1, 3)]
+    got = merge("linear", models)
+    assert [(value.shape, value.dtype) for value in got.values()] == [((), "float32"), ((), "int64"), ((), "bool")]
+    assert (got["s"], got["n"], got["on"]) == (2, 7, True)
+    with pytest.raises(CheckpointError, match="tensor 's' is a float, not a tensor"):
+        merge("linear", [{"s": 1.0}, {"s": 3.0}])
+    with pytest.raises(OptionError, match="NumPy has no bfloat16"):
+        merge("linear", models, dtype="bfloat16")
+
+
 def test_a_module_has_no_place_for_what_another_has_beyond_it() -> None:
     small, large = torch.nn.Sequential(torch.nn.Linear(1, 1)), torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
     with pytest.raises(ModelError, match=r"'1\.weight': has no place in the result; name it under `drop`"):
@@ -344,7 +379,7 @@ def test_weights_go_by_name() -> None:
         ({"models": ["x", {}], "out": "o"}, "models[1]: is a mapping, models[0] a path"),
         ({"models": ["x"], "base": {}, "out": "o"}, "base: is a mapping, models[0] a path"),
         ({"models": ["x"]}, "out: missing; models given as paths are merged into a folder: give out=FOLDER"),
-        ({"models": [{}], "out": "o"}, "out: got 'o'; a merge of mappings is returned: leave it out"),
+        ({"models": [{"t": np.ones(1)}], "out": "o"}, "out: got 'o'; a merge of mappings is returned: leave it out"),
         ({"models": [{"t": np.ones(1)}], "dtype": "bfloat16"}, "dtype: NumPy has no bfloat16"),
         (
             {"models": [{"t": np.ones(1)}], "normalise": False},

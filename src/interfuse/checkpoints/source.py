@@ -268,7 +268,7 @@ def _in_memory(name: str, tensors: Mapping[str, Any], file: File | None = None) 
             if isinstance(value, (Stored, Strided)):
                 specs[key], places[key] = value.spec, value
                 continue
-            specs[key], get = _array(value) if isinstance(value, np.ndarray) else _tensor(value)
+            specs[key], get = _array(np.asarray(value)) if isinstance(value, np.ndarray | np.generic) else _tensor(value)
             places[key] = Resident(get, file)
         except CheckpointError as error:
             problems += [Problem(name, f"tensor {key!r} {problem.wrong}", problem.allowed) for problem in error.problems]

@@ -31,7 +31,7 @@ from interfuse.recipe.chain import absolute
 from interfuse.recipe.check import form_problems
 from interfuse.recipe.merges import gives_tasks
 from interfuse.recipe.pieces import references
-from interfuse.recipe.values import plain
+from interfuse.recipe.values import pattern_problems, plain
 from interfuse.registry import problems_of
 
 if TYPE_CHECKING:
@@ -87,16 +87,22 @@ def merge(
     names = list(models) if isinstance(models, Mapping) else None
     refs = list(models.values()) if isinstance(models, Mapping) else list(models)
     kind = _kind(refs, base)
-    if kind == "path" and out is None:
-        raise OptionError(Problem("out", "missing", "models given as paths are merged into a folder: give out=FOLDER"))
-    if kind != "path" and out is not None:
-        raise OptionError(Problem("out", f"got {str(out)!r}", f"a merge of {kind}s is returned: leave it out"))
-    given, called, ancestor = _named(refs, base, names, in_memory=kind != "path")
-    words = _words(tokenizer, chat_template, kind) | _patterns(drop=drop, keep=keep)
-    recipe = _recipe(method, called, ancestor, names, weights, None if dtype is None else str(dtype), seed, options, words)
-    if kind != "path" and gives_tasks(recipe):
-        raise OptionError(Problem("output", f"got 'per_task' for {kind}s", "give paths, and out=FOLDER: it's a folder's form"))
-    place = device_for(device, [refs[0] if base is None else base])
+    reference = refs[0] if base is None else base
+    given, called, ancestor, faulty = _named(refs, base, names, in_memory=kind != "path")
+    patterns = _patterns(drop=drop, keep=keep)
+    words = _words(tokenizer, chat_template) | patterns
+    chosen = None if dtype is None else str(dtype)
+    recipe, wrong = _recipe(method, called, ancestor, names, weights, chosen, seed, options, words)
+    wrong = [*_form_problems(kind, out, tokenizer, chat_template, recipe), *wrong]
+    place = None
+    try:
+        place = device_for(device, [reference])
+    except OptionError as error:
+        wrong += error.problems
+    if recipe is None or faulty or wrong:
+        if kind != "path" and not faulty:
+            faulty = _misfits(called, ancestor, patterns, given)
+        raise (OptionError if not faulty else ModelError if kind == "module" else CheckpointError)(*wrong, *faulty)
     try:
         plan, sources = plan_recipe(recipe, given)
         if kind == "path":
@@ -112,23 +118,53 @@ def merge(
                     threads=threads, allow_nonfinite=allow_nonfinite, resume=resume, device=place,
                 )  # fmt: skip
             return Path(out or "")
+        _check_result(reference, plan, kind)
         writer = MemoryWriter(plan.specs)
         execute(plan, sources, writer, threads=threads, allow_nonfinite=allow_nonfinite, device=place)
     except CheckpointError as error:
         if kind == "module":
             raise ModelError(*error.problems) from None
         raise
-    reference = refs[0] if base is None else base
     return (_as_module if kind == "module" else _as_mapping)(reference, writer.tensors, plan)
 
 
-def _words(tokenizer: str | Path | Mapping[str, Any] | None, chat_template: str | None, kind: str) -> dict[str, Any]:
-    """What a recipe has of the tokenizer; only folders have one."""
-    given = {"tokenizer": tokenizer, "chat_template": chat_template}
-    allowed = f"{kind}s have no tokenizer: leave it out"
-    wrong = [Problem(key, f"got {value!r}", allowed) for key, value in given.items() if value is not None]
-    if wrong and kind != "path":
-        raise OptionError(*wrong)
+def _form_problems(
+    kind: str, out: Any, tokenizer: str | Path | Mapping[str, Any] | None, chat_template: str | None, recipe: Recipe | None
+) -> list[Problem]:
+    """What only folders have, asked for of models in memory; and models that are folders, without one for the result."""
+    if kind == "path":
+        allowed = "models given as paths are merged into a folder: give out=FOLDER"
+        return [] if out is not None else [Problem("out", "missing", allowed)]
+    tokenless = f"{kind}s have no tokenizer: leave it out"
+    given = [
+        ("out", None if out is None else str(out), f"a merge of {kind}s is returned: leave it out"),
+        ("tokenizer", tokenizer, tokenless),
+        ("chat_template", chat_template, tokenless),
+    ]
+    problems = [Problem(key, f"got {value!r}", allowed) for key, value, allowed in given if value is not None]
+    if recipe is not None and gives_tasks(recipe):
+        allowed = "give paths, and out=FOLDER: it's a folder's form"
+        problems.append(Problem("output", f"got 'per_task' for {kind}s", allowed))
+    return problems
+
+
+def _misfits(
+    models: Sequence[str], base: str | None, patterns: Mapping[str, Any], given: Mapping[str, Checkpoint]
+) -> list[Problem]:
+    """What is wrong between models in memory, and with the patterns of their names: all but the method and its numbers."""
+    content: dict[str, Any] = {"merge_method": "linear", "models": list(models), **patterns}
+    content |= {} if base is None else {"base_model": base}
+    if any(not isinstance(value, list) or any(pattern_problems(item, "") for item in value) for value in patterns.values()):
+        return []  # what they were to match can't be told
+    try:
+        plan_recipe(Recipe.model_validate(content), given)
+    except CheckpointError as error:
+        return list(error.problems)
+    return []
+
+
+def _words(tokenizer: str | Path | Mapping[str, Any] | None, chat_template: str | None) -> dict[str, Any]:
+    """What a recipe has of the tokenizer."""
     key = "tokenizer" if isinstance(tokenizer, Mapping) else "tokenizer_source"
     words = {key: str(tokenizer) if isinstance(tokenizer, Path) else tokenizer, "chat_template": chat_template}
     return {key: value for key, value in words.items() if value is not None}
@@ -141,10 +177,11 @@ def _patterns(**given: Sequence[str] | None) -> dict[str, Any]:
 
 def _named(
     refs: Sequence[Any], base: Any, names: list[str] | None, *, in_memory: bool
-) -> tuple[dict[str, Checkpoint], list[str], str | None]:
-    """The checkpoints that are in memory by what a recipe calls them, and what it calls the models and the base."""
+) -> tuple[dict[str, Checkpoint], list[str], str | None, list[Problem]]:
+    """The checkpoints that are in memory by what a recipe calls them, what it calls the models and the base, and what is wrong
+    with their tensors."""
     if not in_memory:
-        return {}, [str(ref) for ref in refs], None if base is None else str(base)
+        return {}, [str(ref) for ref in refs], None if base is None else str(base), []
     called = names or [f"models[{i}]" for i in range(len(refs))]
     given: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
@@ -154,9 +191,7 @@ def _named(
             given[name] = replace(open_checkpoint(ref), name=f"{name} ({type(ref).__name__})")
         except UserError as error:
             problems += [Problem(f"{name}: {p.path}".rstrip(": "), p.wrong, p.allowed) for p in error.problems]
-    if problems:
-        raise CheckpointError(*problems)
-    return given, called, None if base is None else "base"
+    return given, called, None if base is None else "base", problems
 
 
 def _recipe(
@@ -169,11 +204,9 @@ def _recipe(
     seed: int,
     options: dict[str, Any],
     words: dict[str, Any],
-) -> Recipe:
-    """The recipe that says the same; what is wrong with it is an `OptionError`."""
-    chosen = _weights(weights, names)
-    if chosen is not None and len(chosen) != len(models):
-        raise OptionError(Problem("weights", f"{len(chosen)} for {len(models)} models", "give one a model"))
+) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe that says the same, or None, and what is wrong with it."""
+    chosen, wrong = _weights(weights, names, len(models))
     own: list[dict[str, Any]] = [{} if chosen is None else {"weight": weight} for weight in chosen or models]
     shared: dict[str, Any] = {}
     for option, value in options.items():
@@ -194,16 +227,15 @@ def _recipe(
     }
     content |= {} if base is None else {"base_model": base}
     content |= {} if dtype is None else {"out_dtype": dtype}
+    recipe = None
     try:
         recipe = Recipe.model_validate(plain(content))
-        problems = form_problems(recipe)
+        wrong += form_problems(recipe)
     except ValidationError as error:
-        problems = problems_of(error, "", list(Recipe.model_fields))
+        wrong += problems_of(error, "", list(Recipe.model_fields))
     except UserError as error:
-        problems = list(error.problems)
-    if problems:
-        raise OptionError(*problems)
-    return recipe
+        wrong += error.problems
+    return recipe, wrong
 
 
 def _kind(refs: Sequence[Any], base: Any) -> str:
@@ -236,15 +268,34 @@ def _kind_of(ref: Any) -> str:
     return "module" if torch and isinstance(ref, torch.nn.Module) else ""
 
 
-def _weights(weights: Sequence[float] | Mapping[str, float] | None, names: list[str] | None) -> list[float] | None:
+def _weights(
+    weights: Sequence[float] | Mapping[str, float] | None, names: list[str] | None, count: int
+) -> tuple[list[float] | None, list[Problem]]:
+    """One weight a model, None where they can't be told, and what is wrong with them."""
+    if weights is None:
+        return None, []
     if not isinstance(weights, Mapping):
-        return None if weights is None else list(weights)
+        chosen = list(weights)
+        fits = len(chosen) == count
+        wrong = [] if fits else [Problem("weights", f"{len(chosen)} for {count} models", "give one a model")]
+        return chosen if fits else None, wrong
     if names is None:
-        raise OptionError(Problem("weights", "a mapping, but the models have no names", "give models= as a mapping too"))
+        return None, [Problem("weights", "a mapping, but the models have no names", "give models= as a mapping too")]
     unknown = [name for name in weights if name not in names]
-    if unknown:
-        raise OptionError(*(Problem(f"weights.{name}", "no model has this name", nearest(name, names)) for name in unknown))
-    return [weights.get(name, 1.0) for name in names]
+    wrong = [Problem(f"weights.{name}", "no model has this name", nearest(name, names)) for name in unknown]
+    return [weights.get(name, 1.0) for name in names], wrong
+
+
+def _check_result(reference: Any, plan: Plan, kind: str) -> None:
+    """That the result can be given in the reference's form, which is known before there are values."""
+    if kind == "module":
+        there = reference.state_dict()
+        wrong, allowed = "has no place in the result", "name it under `drop`"
+        problems = [Problem(f"tensor {name!r}", wrong, allowed) for name in plan.specs if name not in there]
+        if problems:
+            raise ModelError(*problems)
+    elif any(spec.dtype == "BF16" and _in_numpy(reference, name) for name, spec in plan.specs.items()):
+        raise OptionError(Problem("dtype", "NumPy has no bfloat16", "give torch tensors, or another dtype"))
 
 
 def _as_module(reference: torch.nn.Module, arrays: Mapping[str, np.ndarray], plan: Plan) -> torch.nn.Module:
@@ -253,10 +304,6 @@ def _as_module(reference: torch.nn.Module, arrays: Mapping[str, np.ndarray], pla
 
     result = copy.deepcopy(reference)
     state = result.state_dict(keep_vars=True)
-    beyond = [name for name in arrays if name not in state]
-    if beyond:
-        wrong, allowed = "has no place in the result", "name it under `drop`"
-        raise ModelError(*(Problem(f"tensor {name!r}", wrong, allowed) for name in beyond))
     _check_ties(state, arrays)
     merged = {name: to_tensor(array, plan.specs[name].dtype) for name, array in arrays.items()}
     for name, tensor in merged.items():
@@ -284,17 +331,22 @@ def _check_ties(state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> N
 
 
 def _as_mapping(reference: Mapping[str, Any], arrays: Mapping[str, np.ndarray], plan: Plan) -> dict[str, Any]:
-    """Tensors where the reference has tensors, on their device, and arrays where it has arrays."""
+    """Tensors where the reference has tensors, on their device, and arrays where it has arrays or NumPy's scalars."""
     result: dict[str, Any] = {}
     for name, array in arrays.items():
-        dtype = plan.specs[name].dtype
-        like = reference[name] if name in reference else next(iter(reference.values()))  # a kept one may be another model's
-        if not isinstance(like, np.ndarray):
-            from interfuse.checkpoints.tensors import to_tensor
-
-            result[name] = to_tensor(array, dtype).to(like.device)
-        elif dtype == "BF16":
-            raise OptionError(Problem("dtype", "NumPy has no bfloat16", "give torch tensors, or another dtype"))
-        else:
+        if _in_numpy(reference, name):
             result[name] = array
+            continue
+        from interfuse.checkpoints.tensors import to_tensor
+
+        result[name] = to_tensor(array, plan.specs[name].dtype).to(_like(reference, name).device)
     return result
+
+
+def _like(reference: Mapping[str, Any], name: str) -> Any:
+    """What the reference has under a name, or has at all: a tensor that is kept may be another model's."""
+    return reference[name] if name in reference else next(iter(reference.values()))
+
+
+def _in_numpy(reference: Mapping[str, Any], name: str) -> bool:
+    return isinstance(_like(reference, name), np.ndarray | np.generic)

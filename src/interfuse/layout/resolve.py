@@ -58,6 +58,8 @@ class _Work:
     def check_patterns(self, found: Sequence[Piece]) -> None:
         """A pattern that matches nothing is a slip of the pen; a filter may also stand there for other models."""
         self.problems += [*self.drop.problems(), *self.keep.problems()]
+        if self.drop and not any(member.names for member in self.members.values()):
+            self.problems.append(Problem("drop", "leaves no tensor", "name fewer: what is dropped isn't in the result"))
         scopes = [(f"{source.path}.parameters", source.parameters) for piece in found for source in piece.sources]
         scopes += [level for piece in found for level in piece.levels]
         patterns = {p: said for path, scope in scopes for key in scope for p, said in filters(scope[key], f"{path}.{key}")}
