@@ -31,6 +31,7 @@ from interfuse.pipeline.crossing import crossed
 from interfuse.pipeline.finished import is_saved, load_network
 from interfuse.pipeline.reading import load_sets as load_sets
 from interfuse.pipeline.reading import reference_of
+from interfuse.pipeline.scheduling import draw_weights, schedule_of
 from interfuse.pipeline.teaching import teach
 from interfuse.pipeline.trial import check_whole, try_networks
 from interfuse.recipe import Recipe
@@ -41,6 +42,7 @@ from interfuse.recipe.schema import ModelEntry
 from interfuse.saving import write_model
 from interfuse.training.fit import fit
 from interfuse.training.parameters import heads
+from interfuse.training.schedule import WeightSchedule
 
 
 @dataclass
@@ -68,8 +70,9 @@ def run_networks(recipe: Recipe, folder: Path, *, trust_code: bool, device: str 
         try_networks(_reading(recipe, networks), next(iter(sets.values())))
     result = Result(assemble(recipe, networks, sets.get("train"), spaces), hashes=hashes, classes=_classes(sets, spaces))
     notes = [spaces.note] if spaces.note else []
+    schedule = schedule_of(recipe)
     if "train" in sets and recipe.form in ("fusion", "single", "cross_stitch"):
-        result.training = train(recipe, result.model, sets, place, progress=progress)
+        result.training = train(recipe, result.model, sets, place, progress=progress, schedule=schedule)
     if recipe.form == "distill":
         teachers = {name: network.to(place) for name, network in networks.items()}
         result.training, said = teach(recipe, result.model, teachers, sets, spaces, lightning_on(place), progress=progress)
@@ -81,6 +84,8 @@ def run_networks(recipe: Recipe, folder: Path, *, trust_code: bool, device: str 
         result.test = evaluate(recipe, result.model, sets["test"], place, progress=progress)
     result.model.to("cpu")
     write_model(result.model, folder, backbones="reference" if _by_reference(recipe) else "value")
+    if schedule is not None:
+        draw_weights(schedule, folder)
     if (folder / "config.json").exists():
         tokenizer = load_tokenizer(reference_of(recipe).model)
         if tokenizer is not None:
@@ -225,13 +230,21 @@ def _head(recipe: Recipe, data: Data | None) -> int:
     return recipe.head.width
 
 
-def train(recipe: Recipe, model: nn.Module, sets: Mapping[str, Data], device: str, *, progress: bool) -> dict[str, Any]:
+def train(
+    recipe: Recipe, model: nn.Module, sets: Mapping[str, Data], device: str, *, progress: bool,
+    schedule: WeightSchedule | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """`fit` as the recipe says; the record as a dict."""
     options = (recipe.training.model_dump(exclude_none=True) if recipe.training is not None else {}) | lightning_on(device)
+    written = options.pop("schedule", None)
     if recipe.form == "single" and recipe.models[0].freeze:
         options["train_only"] = _last_linear(model, sets["train"])
     options.setdefault("seed", recipe.seed)
-    return asdict(fit(model, sets["train"], sets.get("validation"), progress=progress, **options))
+    if schedule is None:
+        return asdict(fit(model, sets["train"], sets.get("validation"), progress=progress, **options))
+    options["callbacks"] = [schedule.callback()]
+    record = asdict(fit(model, sets["train"], sets.get("validation"), progress=progress, **options))
+    return record | {"schedule": {"options": written, "history": schedule.history}}
 
 
 def lightning_on(device: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""What must hold in recipes of the outputs: distillation, and class names where models' classes differ. Pure.
+"""What must hold in recipes of the outputs: distillation, and class names where models' classes differ; and of a schedule
+of weights. Pure.
 
 The models' class names are those of `parameters.classes`; what models say of themselves is `pipeline.classes`' to find.
 """
@@ -23,7 +24,7 @@ def outputs_problems(recipe: Recipe, names: Sequence[str]) -> list[Problem]:
         found += _classes(recipe.parameters.get("classes"), names)
     if recipe.form == "distill":
         found += [*_distill(recipe, names), *_hints(recipe, names)]
-    return [*found, *_labels(recipe)]
+    return [*found, *_labels(recipe), *_schedule(recipe)]
 
 
 def readers(recipe: Recipe, names: Sequence[str]) -> list[str]:
@@ -99,6 +100,19 @@ def _hints(recipe: Recipe, names: Sequence[str]) -> Iterator[Problem]:
         if training is not None and getattr(training, key) is not None:
             allowed = "hints are for layers that are trained: leave one of the two out"
             yield Problem(f"training.{key}", "stands beside parameters.hints", allowed)
+
+
+def _schedule(recipe: Recipe) -> Iterator[Problem]:
+    """A schedule of weights, which has them only in one fusion, and goes by validation data."""
+    trainings = [("training", recipe.training)]
+    trainings += [(f"stages[{i}].training", stage.training) for i, stage in enumerate(recipe.stages or ())]
+    for path, training in trainings:
+        if training is None or training.schedule is None:
+            continue
+        if recipe.fusion != "weighted":
+            yield Problem(f"{path}.schedule", "sets the weights of a weighted fusion", "remove the key, or fusion: weighted")
+        elif recipe.data is None or recipe.data.validation is None:
+            yield Problem("data.validation", "missing", "the weights are set by it: give a source, or a share: 0.1")
 
 
 def _labels(recipe: Recipe) -> Iterator[Problem]:

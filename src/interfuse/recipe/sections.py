@@ -142,6 +142,17 @@ class DataSection(Section):
         raise PydanticCustomError("input", "should be a name, a list of names, or a mapping of model names to these")
 
 
+class Schedule(Section):
+    """How validation sets the weights of a `weighted` fusion, epoch by epoch; {} leaves both to `WeightSchedule`."""
+
+    temperature: Positive | None = Field(
+        default=None, description="The lower it is, the more of the weight the best model alone has; left out, 1."
+    )
+    smoothing: float | None = Field(
+        default=None, ge=0, lt=1, description="How much of the last weights is kept; left out, 0.5."
+    )
+
+
 class Training(Section):
     """The options of `fit`. Left out, a value is `fit`'s own default."""
 
@@ -171,6 +182,9 @@ class Training(Section):
         default=None, gt=0, le=1, description="What the learning rate is multiplied by from each layer to the one below it."
     )
     l2_sp: NonNegative | None = Field(default=None, description="How strongly weights are held to where they start.")
+    schedule: Schedule | None = Field(
+        default=None, description="Of a weighted fusion: its weights are set by validation in each epoch, not trained."
+    )
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] | None = Field(
         default=None, description="The arithmetic of training, as Lightning names it; left out, 32-true."
     )

@@ -57,7 +57,8 @@ class WeightSchedule:
         return [self.smoothing * w + (1 - self.smoothing) * float(n) for w, n in zip(weights, new, strict=True)]
 
     def save_figure(self, path: str | Path) -> Path:
-        """Each model's weight by epoch, as a picture of the path's kind."""
+        """Each model's weight by epoch, as a picture of the path's kind; an SVG of the same weights is the same bytes."""
+        matplotlib = require("matplotlib")
         figure = require("matplotlib.figure").Figure(figsize=(6, 3.2), layout="constrained")
         axes = figure.subplots()
         for name in [key for key in (self.history or [{}])[0] if key != "epoch"]:
@@ -66,7 +67,9 @@ class WeightSchedule:
         axes.set(xlabel="epoch", ylabel="weight", ylim=(0, 1))
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(path)
+        undated = {"metadata": {"Date": None}} if Path(path).suffix == ".svg" else {}
+        with matplotlib.rc_context({"svg.hashsalt": "weights"}):
+            figure.savefig(path, **undated)
         return Path(path)
 
     def callback(self) -> Callback:
