@@ -6,8 +6,8 @@ regression on the pre-trained features; then all weights by `itf.fit`, two epoch
 `test`, all cut at 48 tokens; where no epoch beats the start on validation texts, the start is the expert.
 
 Sharing: the embeddings and the first k layers become one by each of five weight methods with usual coefficients; then, at some
-depths, what is left is trained further for one epoch on the same texts: each task's own layers alone, everything together, or
-everything on the experts' probabilities. The method that is trained further, and the point, are chosen by validation: the
+depths, what is left is trained further for half an epoch on the same texts: each task's own layers alone, everything together,
+or everything on the experts' probabilities. The method that is trained further, and the point, are chosen by validation: the
 smallest network whose mean accuracy is at most one point below the experts'. Test texts are only reported.
 
 Experts and results are kept in `--cache`, never in the repository; a run goes on where one stopped.
