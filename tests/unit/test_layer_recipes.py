@@ -18,6 +18,7 @@ import interfuse as itf
 from interfuse.cli import main
 from interfuse.data import load_data
 from interfuse.errors import DataError, ModelError, RecipeError
+from interfuse.models import load_tokenizer
 from interfuse.pipeline import load_run, run
 
 NETS = """
@@ -275,3 +276,47 @@ def test_the_plan_says_what_would_be_done(work: Path) -> None:
     assert "data {'target': 'first'}" in text
     assert "nothing was written" in text
     assert not (work / "out").exists()
+
+
+def bert(folder: Path, seed: int, labels: list[str]) -> None:
+    """A small classifier of texts that Transformers loads, with a tokenizer and its classes' names."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["[PAD]", "[UNK]", "good", "bad", "film", "dull"]
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")
+    wrapped.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(
+        vocab_size=6, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8,
+        id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)},
+    )  # fmt: skip
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tasks_of_texts_share_a_trunk_that_loads_by_itself(work: Path) -> None:
+    bert(work / "mood", 0, ["yes", "no"])
+    bert(work / "topic", 1, ["film", "book", "song"])
+    rows = ["good film,yes,film", "bad film,no,book", "dull,no,song", "good good,yes,film"] * 8
+    (work / "t.csv").write_text("text,mood,topic\n" + "\n".join(rows) + "\n")
+    recipe = {
+        "fusion": "share_trunk",
+        "models": [{"model": "mood", "data": {"target": "mood"}}, {"model": "topic", "data": {"target": "topic"}}],
+        "data": {"train": "t.csv", "validation": 0.25, "test": "t.csv", "input": "text"},
+        "parameters": {"depth": "bert.encoder.layer.0"},
+        "training": {"epochs": 1},
+    }
+    record = run(recipe, "out", progress=False)
+    assert record.tasks is not None
+    assert list(record.tasks["mood"]["classes"]) == ["yes", "no"]
+    assert list(record.tasks["topic"]["classes"]) == ["film", "book", "song"]
+    alone: Any = itf.load("out")
+    same(alone, load_run("out"))
+    data = load_data("t.csv", input="text", target="topic", classes=["film", "book", "song"])
+    found = itf.predict(alone.network("topic"), data.tokenize(load_tokenizer("topic")), progress=False)
+    assert found.targets is not None
+    expected = float((found.outputs.argmax(1) == found.targets).double().mean())
+    assert record.tasks["topic"]["test"]["value"] == pytest.approx(expected)
+    assert set(alone(dict(input_ids=torch.ones(1, 3, dtype=torch.long)))) == {"mood", "topic"}

@@ -203,3 +203,29 @@ def test_an_example_s_form_makes_one_that_a_network_reads() -> None:
     assert made["mask"].all()
     assert made["x"][0].shape == (2, 3)
     assert form_of(made)["named"]["ids"]["dtype"] == "int64"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_transformers_target_grows_to_what_its_config_can_say(work: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=6, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, num_labels=3
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(work / "bert")
+    np.savez(work / "ids.npz", x=np.arange(96).reshape(24, 4) % 6, y=np.arange(24) % 3)
+    paths = [f"bert.encoder.layer.{i}.intermediate.dense" for i in range(2)]
+    recipe = {
+        "fusion": "stages",
+        "target": "./bert",
+        "models": [{"model": "./bert", "name": "a"}],
+        "stages": [{"grow": {"wider": dict.fromkeys(paths, 12)}, "training": {"epochs": 1}}],
+        "data": {"train": "ids.npz"},
+    }
+    run(recipe, "out", progress=False)
+    made: Any = load_run("out")
+    assert made.config.intermediate_size == 12
+    assert made.bert.encoder.layer[1].intermediate.dense.out_features == 12
+    recipe["stages"] = [{"grow": {"wider": {paths[0]: 12}}}]
+    with pytest.raises(ModelError, match=r"stages\[0\]\.grow: the target: its Transformers config has no word"):
+        run(recipe, "other", progress=False)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models
 import interfuse as itf
 from interfuse.cli import main
 from interfuse.errors import CheckpointError, OptionError, UserError
-from interfuse.pipeline import run, verify
+from interfuse.pipeline import load_run, run, verify
 
 THEIRS, OURS = ["a", "b", "c"], ["c", "x", "a", "y"]
 
@@ -186,3 +186,31 @@ def test_verify_and_a_dry_run_load_no_network(work: Path) -> None:
         "assert 'transformers' not in sys.modules and 'lightning' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=work)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_transformers_folder_is_filled_and_evaluated(work: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    for seed, (name, layers) in enumerate({"small": 1, "large": 2}.items()):
+        torch.manual_seed(seed)
+        config = transformers.BertConfig(
+            vocab_size=6, hidden_size=8, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=8, num_labels=3
+        )
+        transformers.BertForSequenceClassification(config).save_pretrained(work / name)
+    np.savez(work / "ids.npz", x=np.arange(96).reshape(24, 4) % 6, y=np.arange(24) % 3)
+    asked: dict[str, Any] = {"fusion": "transplant", "target": "large", "models": ["small"], "parameters": {"depth": "repeat"}}
+    record = run(asked | {"data": {"test": "ids.npz"}}, "out", progress=False)
+    made = load_run("out")
+    expected = itf.load_model("large")
+    itf.transplant(itf.load_model("small"), expected, depth="repeat", show=False)
+    assert all(torch.equal(value, made.state_dict()[name]) for name, value in expected.state_dict().items())
+    found = itf.predict(made, itf.load_data("ids.npz"), progress=False)
+    assert found.targets is not None
+    assert record.test is not None
+    assert record.test["value"] == pytest.approx(float((found.outputs.argmax(1) == found.targets).double().mean()))
+    assert verify("out", again=True, progress=False).good
+    assert "transformers" in (work / "out" / "README.md").read_text()
+    (work / "target" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"data\.test: .*target has no network to evaluate"):
+        run(recipe() | {"data": {"test": "ids.npz"}}, "none", progress=False)
