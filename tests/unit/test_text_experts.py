@@ -32,7 +32,7 @@ def parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     main = found["__main__"]
     monkeypatch.setattr(main, "TASKS", ("snips", "trec6"))
     monkeypatch.setattr(main, "TESTED", 16)
-    monkeypatch.setattr(main, "TUNED", ((6, "all"), (3, "own"), (3, "distilled")))
+    monkeypatch.setattr(main, "TUNED", ((6, "own"), (3, "distilled")))
     for module in (main, found["sharing"], found["table"]):
         monkeypatch.setattr(module, "METHODS", {"linear": {}, "iso_c": {}})
         monkeypatch.setattr(module, "DEPTHS", (found["sharing"].EMBEDDINGS, 3, 6))
@@ -57,19 +57,18 @@ def write_texts(data: Path) -> None:
 def test_the_whole_of_it(parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main = parts["__main__"]
     write_texts(tmp_path / "data")
-    command = [
-        "text_experts",
-        "--data",
-        str(tmp_path / "data"),
-        "--cache",
-        str(tmp_path / "cache"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    monkeypatch.setattr("sys.argv", command)
+    places = [text for name in ("data", "cache", "out") for text in (f"--{name}", str(tmp_path / name))]
+    monkeypatch.setattr("sys.argv", ["text_experts", *places, "--texts", "60"])
     main.main()
     table = (tmp_path / "out" / "README.md").read_text()
-    for text in ("| embeddings |", "| **mean** |", "| nothing |", "chosen, test", "each task's own layers trained"):
+    for text in (
+        "| embeddings |",
+        "| **mean** |",
+        "| nothing |",
+        "chosen, test",
+        "each task's own layers trained",
+        "experts' probabilities",
+    ):
         assert text in table
     assert "<svg" in (tmp_path / "out" / "text-sharing.svg").read_text()
     kept = {path.name: path.read_bytes() for path in (tmp_path / "cache" / "60" / "results").iterdir()}
