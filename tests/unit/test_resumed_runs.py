@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from interfuse import merge
+from interfuse import merge, verify
+from interfuse.checkpoints.adapters.writer import AdapterWriter
+from interfuse.engine.adapters.merging import merge_adapters
 from interfuse.errors import CheckpointError
 from interfuse.pipeline import run
 
@@ -36,7 +38,7 @@ def killed_at(last):
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*given, **options)
         return wrapped
-    for owner, name in [(os, "fsync"), (os, "rename"), (os, "unlink"), (os, "pwrite"), (shutil, "copyfile"),
+    for owner, name in [(os, "fsync"), (os, "rename"), (os, "unlink"), (os, "pwrite"), (os, "replace"), (shutil, "copyfile"),
                         (shutil, "rmtree"), (pathlib.Path, "write_text"), (pathlib.Path, "write_bytes"),
                         (pathlib.Path, "unlink")]:
         setattr(owner, name, watched(name, getattr(owner, name)))
@@ -202,3 +204,144 @@ def test_every_file_of_the_folder_is_the_same_whatever_runs_it(work: Path, torch
     assert found[0] == found[1]
     assert len(found[0]) == 7
     assert b'"seconds"' not in found[0]["interfuse.json"]
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+def test_a_run_of_another_recipe_goes_on_with_nothing_of_the_one_before(work: Path, end: str) -> None:
+    """What is left may have files that the other recipe's output has not."""
+    left = work / ".out.interfuse-part"
+    run(work / "recipe.yaml", left, progress=False)
+    (left / "journal.jsonl").write_text('{"plan": "another"}\n' if end == "stopped" else "")
+    (left / "vocab.txt").write_text("of another model")
+    merge("linear", [work / "one", work / "two"], out=work / "out", resume=True)
+    merge("linear", [work / "one", work / "two"], out=work / "fresh")
+    assert files(work / "out") == files(work / "fresh")
+
+
+SHAPES = {"layers.0.q": (12, 8), "layers.0.up": (10, 12), "layers.1.q": (12, 8), "layers.1.up": (10, 12)}
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> Path:
+    """Two adapters with biases and a tensor saved whole, and a recipe that merges them."""
+    draw = np.random.default_rng(0)
+    for name, rank in (("a", 2), ("b", 3)):
+        folder = tmp_path / name
+        folder.mkdir()
+        tensors = {"norm.weight": draw.standard_normal(8, np.float32)}
+        for module, (rows, columns) in SHAPES.items():
+            tensors[f"{module}.lora_A.weight"] = draw.standard_normal((rank, columns), np.float32)
+            tensors[f"{module}.lora_B.weight"] = draw.standard_normal((rows, rank), np.float32)
+            tensors[f"{module}.lora_B.bias"] = draw.standard_normal(rows, np.float32)
+        save_file({f"base_model.model.{key}": value for key, value in tensors.items()}, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q", "up"], "modules_to_save": ["norm"]}
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_bias": True}))
+    (tmp_path / "recipe.yaml").write_text(f"""
+merge_method: knots
+models: [{tmp_path}/a, {tmp_path}/b]
+parameters: {{combine: dare_ties, density: 0.5}}
+seed: 3
+""")
+    return tmp_path
+
+
+def test_a_merge_of_adapters_that_is_killed_at_any_step_is_resumed_to_the_same_folder(adapters: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", DRIVER, str(adapters), "over"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    steps = [line.split()[1] for line in done.stdout.splitlines() if line.split()[0].isdigit()]
+    assert steps.count("pwrite") >= 2 * (2 * len(SHAPES) + len(SHAPES) + 1)  # beside, and in the adapter's file
+    assert {"fsync", "rename", "replace", "unlink", "write_text"} <= set(steps)
+
+
+def seen(monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> list[str]:
+    """The tensors that are written from now on, of which the one numbered `stop` is never noted: the run ends before."""
+    added: list[str] = []
+    note = AdapterWriter._note
+
+    def noted(self: AdapterWriter, line: Any) -> None:
+        added.extend([line["done"]] if "done" in line else [])
+        if len(added) == stop:
+            raise KeyboardInterrupt
+        note(self, line)
+
+    monkeypatch.setattr(AdapterWriter, "_note", noted)
+    return added
+
+
+def test_what_of_adapters_is_there_and_whole_is_not_made_again(adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("knots", [adapters / "a", adapters / "b"])
+    calls: list[str] = []
+    merge_module = "interfuse.engine.adapters.merging._merge_module"
+    from interfuse.engine.adapters import merging
+
+    made = merging._merge_module
+    wanted = files(merge_adapters(*given, adapters / "whole"))
+    with monkeypatch.context() as stopping:
+        seen(stopping, stop=4)
+        with pytest.raises(KeyboardInterrupt):
+            merge_adapters(*given, adapters / "out")
+    left = adapters / ".out.interfuse-part"
+    journal = (left / "journal.jsonl").read_text().splitlines()
+    assert len(journal) == 1 + 3
+    monkeypatch.setattr(merge_module, lambda *these: (calls.append(these[2]), made(*these)))
+    for cut, again in [(0, 1), (5, 2)]:  # a line that the end cut short, too
+        part = adapters / f".out{cut}.interfuse-part"
+        part.mkdir()
+        (part / ".factors").write_bytes((left / ".factors").read_bytes())
+        text = (left / "journal.jsonl").read_text()
+        (part / "journal.jsonl").write_text(text[: len(text) - cut])
+        calls.clear()
+        assert files(merge_adapters(*given, adapters / f"out{cut}", resume=True)) == wanted
+        assert calls == list(SHAPES)[-again:]
+    with (left / ".factors").open("r+b") as file:
+        file.write(b"damage")
+    calls.clear()
+    assert files(merge_adapters(*given, adapters / "out", resume=True)) == wanted
+    assert calls == list(SHAPES)
+
+
+def another_scale(folder: Path) -> None:
+    """The same factors, which count for more."""
+    path = folder / "a" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 4', '"lora_alpha": 5'))
+
+
+def another_seed(folder: Path) -> None:
+    path = folder / "recipe.yaml"
+    path.write_text(path.read_text().replace("seed: 3", "seed: 4"))
+
+
+def another_bit(folder: Path) -> None:
+    path = folder / "b" / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def another_output(folder: Path) -> None:
+    with (folder / "out" / "adapter_model.safetensors").open("r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        file.write(b"\x55")
+
+
+@pytest.mark.parametrize("change", [another_scale, another_seed, another_bit, another_output])
+def test_another_merge_of_adapters_is_neither_gone_on_with_nor_taken_for_finished(
+    adapters: Path, change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = adapters / "recipe.yaml", adapters / "out"
+    run(recipe, out, progress=False)
+    before = dates(out)
+    assert run(recipe, out, resume=True, progress=False).before
+    assert dates(out) == before
+    assert verify(out, again=True, progress=False).good
+    with monkeypatch.context() as stopping:
+        seen(stopping, stop=4)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, adapters / "part", progress=False)
+    change(adapters)
+    with pytest.raises(CheckpointError, match="out: is there already"):
+        run(recipe, out, resume=True, progress=False)
+    assert not verify(out, progress=False).good or change is another_seed
+    run(recipe, adapters / "part", resume=True, progress=False)
+    run(recipe, adapters / "fresh", progress=False)
+    assert files(adapters / "part") == files(adapters / "fresh")

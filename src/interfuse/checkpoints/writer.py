@@ -97,8 +97,10 @@ class MemoryWriter:
         """Nothing: what is in memory needs no second look."""
 
 
+#: Where a merge notes what is done, beside its files until they are whole.
+JOURNAL = "journal.jsonl"
 #: What a run that was interrupted goes on with: the journal of a merge, finished stages.
-_GOES_ON = ("journal.jsonl", ".stages")
+_GOES_ON = (JOURNAL, ".stages")
 
 
 @contextlib.contextmanager
@@ -279,6 +281,17 @@ def _complete(specs: Mapping[str, TensorSpec], done: Mapping[str, int], path: Pa
     ]
     if problems:
         raise CheckpointError(*problems)
+
+
+def emptied(folder: Path, *kept: str) -> None:
+    """Remove what another run has left in a folder, but for what is kept to go on with."""
+    for item in folder.iterdir():
+        if item.name in kept:
+            continue
+        if item.is_dir() and not item.is_symlink():
+            shutil.rmtree(item)
+        else:
+            item.unlink()
 
 
 def write_at(handle: int, data: bytes | memoryview, offset: int) -> None:

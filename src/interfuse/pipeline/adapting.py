@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from interfuse.checkpoints.writer import check_output, whole_folder
-from interfuse.engine.adapters.merging import Prepared, prepare, write
+from interfuse.checkpoints.writer import check_output, settle, whole_folder
+from interfuse.engine.adapters.merging import Prepared, asked, prepare, write
+from interfuse.engine.output.finished import finished_adapter
 from interfuse.errors import Problem, RecipeError
-from interfuse.pipeline.record import RunRecord, versions
+from interfuse.pipeline.record import RECIPE, RunRecord, as_yaml, restored, versions
 from interfuse.pipeline.record import write as write_record
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import adapters_alone, method_of, names_of
@@ -34,7 +35,7 @@ def merges_adapters(chain: Sequence[Recipe]) -> bool:
     return bool(found)
 
 
-def run_adapters(recipe: Recipe, out: str | Path, *, overwrite: bool, dry_run: bool, progress: bool) -> RunRecord:
+def run_adapters(recipe: Recipe, out: str | Path, *, overwrite: bool, resume: bool, dry_run: bool, progress: bool) -> RunRecord:
     """Merge the recipe's adapters into the folder `out`, or only check that it can be done."""
     started = time.monotonic()
     prepared = prepared_by(recipe)
@@ -53,8 +54,11 @@ def run_adapters(recipe: Recipe, out: str | Path, *, overwrite: bool, dry_run: b
     if dry_run:
         check_output(out, overwrite=overwrite, inputs=inputs)
         return replace(record, seconds=time.monotonic() - started)
-    with whole_folder(out, overwrite=overwrite, inputs=inputs) as folder:
-        made = write(prepared, folder, progress=progress)
+    if resume and (run := _finished(recipe, prepared, Path(out))) is not None:
+        settle(out)
+        return replace(restored(record, Path(out), run), seconds=time.monotonic() - started)
+    with whole_folder(out, overwrite=overwrite, inputs=inputs, resume=resume) as folder:
+        made = write(prepared, folder, resume=resume, progress=progress)
         models = [
             {"name": name, "model": source["model"], "weights": None, "xxh3": source["xxh3"]}
             for name, source in zip(names_of(recipe), made["sources"], strict=True)
@@ -63,6 +67,16 @@ def run_adapters(recipe: Recipe, out: str | Path, *, overwrite: bool, dry_run: b
         record = replace(record, out=Path(out), inputs=about, versions=versions(), seconds=time.monotonic() - started)
         write_record(folder, [recipe], record, kind="adapter merge")
     return record
+
+
+def _finished(recipe: Recipe, prepared: Prepared, out: Path) -> dict[str, Any] | None:
+    """What an earlier run of this recipe wrote down of itself, if its output is in place, whole."""
+    there = finished_adapter(out, asked(prepared)) or {}
+    try:
+        same = (out / RECIPE).read_text(encoding="utf-8") == as_yaml([recipe])
+    except (OSError, ValueError):
+        return None
+    return there.get("run") if same else None
 
 
 def prepared_by(recipe: Recipe) -> Prepared:

@@ -73,7 +73,7 @@ def run(
     chain, how_found = _with_chosen(chain, Path(out), beside, overwrite=overwrite or resume, dry_run=dry_run, **how)
     checked, of_files = chain[-1], merges_files(chain)
     if merges_adapters(chain):
-        return run_adapters(checked, out, overwrite=overwrite, dry_run=dry_run, progress=progress)
+        return run_adapters(checked, out, overwrite=overwrite, resume=resume, dry_run=dry_run, progress=progress)
     if checked.fusion == "transplant":
         from interfuse.pipeline.transplanting import copies_files, run_transplant
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from interfuse import __version__
-from interfuse.checkpoints.adapters.pairs import WEIGHTS
+from interfuse.checkpoints.adapters.pairs import CONFIG, WEIGHTS
 from interfuse.checkpoints.hashes import hash_file, line_of
 from interfuse.checkpoints.source import Checkpoint, hash_block, hash_blocks, hash_of, open_checkpoint
 from interfuse.engine.adapters.extract import extract_lora
@@ -216,6 +216,7 @@ def _mixture(folder: Path, record: Mapping[str, Any], threads: int | None, devic
 
 def _adapters(folder: Path, record: Mapping[str, Any], threads: int | None, device: str | None, progress: bool) -> _Made:
     checks, there = _whole(record, lambda path: open_checkpoint(_adapter_file(path)))
+    checks = [_configured(source, check) for source, check in zip(record["sources"], checks, strict=True)]
     wanted = (record["method"], record["options"], record["weights"])
     if there:
         checks = [*_recipe_file(folder, _asked, wanted), *checks]
@@ -228,6 +229,14 @@ def _adapters(folder: Path, record: Mapping[str, Any], threads: int | None, devi
         )  # fmt: skip
 
     return _Made(checks, again if there else None)
+
+
+def _configured(source: Mapping[str, Any], check: Check) -> Check:
+    """The check of an adapter's tensors, and whether its settings are what they were: they say how much the tensors count."""
+    path = Path(source["model"]) / CONFIG
+    if check.good and "config" in source and not (path.is_file() and hash_file(path) == source["config"]):
+        return check._replace(good=False, said=f"{CONFIG} isn't as it was when it was read")
+    return check
 
 
 def _asked(path: Path) -> tuple[str, dict[str, Any], list[float]]:

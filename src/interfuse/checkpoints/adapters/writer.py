@@ -6,47 +6,65 @@ Not a merge, and no factor is computed here. Format: https://huggingface.co/docs
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import xxhash
 
 from interfuse.checkpoints.adapters.pairs import CONFIG, PREFIX, WEIGHTS
 from interfuse.checkpoints.hashes import hash_file, lines_of
 from interfuse.checkpoints.numbers import narrow
 from interfuse.checkpoints.source import BLOCK, TensorSpec, open_checkpoint
-from interfuse.checkpoints.writer import TensorWriter
+from interfuse.checkpoints.writer import JOURNAL, TensorWriter, emptied, write_at
 
 
 class AdapterWriter:
     """An adapter in a folder that exists, complete when the block ends; a context manager.
 
-    A class, because it holds an open file between calls: ranks may be known only once factors are, and the header of a
-    .safetensors file comes first, so that factors wait in a file beside it, not in memory.
+    A class, because it holds open files between calls: ranks may be known only once factors are, and the header of a
+    .safetensors file comes first, so that factors wait in a file beside it, not in memory. With a `key`, which names all that
+    determines the adapter, a journal says what has come; with `resume` the folder may be one that a run with that key has left
+    when it was killed: what has come whole is `done`, modules and other tensors' names, and everything else there goes.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, key: str | None = None, *, resume: bool = False):
         self.folder = folder
         self.ranks: dict[str, int] = {}
-        self._waiting = folder / ".factors"
+        self.done: dict[str, None] = {}
+        self._key, self._resume = key, resume
+        self._waiting, self._journal = folder / ".factors", folder / JOURNAL
         self._specs: dict[str, TensorSpec] = {}
         self._offsets: dict[str, int] = {}
-        self._file: Any = None
+        self._end = 0
+        self._open: list[int] = []
 
     def __enter__(self) -> AdapterWriter:
-        self._file = self._waiting.open("xb")
+        left = list(self._left()) if self._resume else []
+        if self._resume:
+            emptied(self.folder, self._waiting.name)
+        new = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._open.append(os.open(self._waiting, new, 0o666))
+        if self._key is not None:
+            self._open.append(os.open(self._journal, new | os.O_TRUNC | os.O_APPEND, 0o666))
+            self._note({"key": self._key})
+        for line in left:
+            self._take(line)
+            self._note(line)
+        os.ftruncate(self._open[0], self._end)
         return self
 
     def pair(self, module: str, up: np.ndarray, down: np.ndarray, dtype: str, *, embedding: bool = False) -> None:
         """Add a module's B `[out, r, ...]` and A `[r, in, ...]`, rounded to the floating-point type `dtype`."""
-        self.ranks[module] = down.shape[0]
         first, second = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-        self.tensor(f"{module}.{first}", down, dtype)
-        self.tensor(f"{module}.{second}", up, dtype)
+        factors = {f"{module}.{first}": down, f"{module}.{second}": up}
+        rounded = {name: narrow(np.ascontiguousarray(factor), dtype) for name, factor in factors.items()}
+        self._add(module, rounded, dtype, rank=len(down))
 
     def tensor(self, name: str, values: np.ndarray, dtype: str) -> None:
         """Add a tensor of the model's, under the name it has in the adapter; floating-point `dtype`."""
@@ -54,18 +72,56 @@ class AdapterWriter:
 
     def stored(self, name: str, array: np.ndarray, dtype: str) -> None:
         """Add a tensor that is in the storage type of `dtype` already."""
-        key = f"{PREFIX}{name}"
-        self._specs[key], self._offsets[key] = TensorSpec(dtype, array.shape), self._file.tell()
-        flat = array.reshape(-1)
-        for start in range(0, flat.size, BLOCK):
-            self._file.write(np.ascontiguousarray(flat[start : start + BLOCK]).view(np.uint8).data)
+        self._add(name, {name: array}, dtype)
+
+    def _add(self, what: str, arrays: Mapping[str, np.ndarray], dtype: str, rank: int | None = None) -> None:
+        """Write tensors that count only together, then note that they have come."""
+        digest, at = xxhash.xxh3_128(), self._end
+        for array in arrays.values():
+            flat = array.reshape(-1)
+            for start in range(0, flat.size, BLOCK):
+                raw = np.ascontiguousarray(flat[start : start + BLOCK]).view(np.uint8).data
+                write_at(self._open[0], raw, at)
+                digest.update(raw)
+                at += len(raw)
+        tensors = [[f"{PREFIX}{name}", dtype, list(array.shape)] for name, array in arrays.items()]
+        line = {"done": what, "rank": rank, "tensors": tensors, "xxh3": digest.hexdigest()}
+        self._take(line)
+        self._note(line)
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        """Count what a line of the journal says as come."""
+        for name, dtype, shape in line["tensors"]:
+            self._specs[name], self._offsets[name] = TensorSpec(dtype, tuple(shape)), self._end
+            self._end += self._specs[name].nbytes
+        self.done[line["done"]] = None
+        if line["rank"] is not None:
+            self.ranks[line["done"]] = line["rank"]
+
+    def _note(self, line: Mapping[str, Any]) -> None:
+        if self._key is not None:
+            os.write(self._open[1], (json.dumps(line) + "\n").encode())
+
+    def _left(self) -> Iterator[dict[str, Any]]:
+        """The lines of a journal with this key, in order, as long as the factors that wait have the hashes they say."""
+        try:
+            first, *lines = self._journal.read_text(encoding="utf-8").split("\n")
+            if json.loads(first) != {"key": self._key}:
+                return
+            with self._waiting.open("rb") as file:
+                for line in map(json.loads, lines):
+                    specs = [TensorSpec(dtype, tuple(shape)) for _, dtype, shape in line["tensors"]]
+                    if not _reads(file, sum(spec.nbytes for spec in specs), line["xxh3"]):
+                        return
+                    yield {"done": line["done"], "rank": line["rank"], "tensors": line["tensors"], "xxh3": line["xxh3"]}
+        except (OSError, ValueError, LookupError, TypeError):  # a line that the end cut short
+            return
 
     def finish(self, config: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Write the adapter's three files: its weights, its `config`, and `interfuse.json`, which says how it was made.
 
         To the record are added what each tensor is, with its hash, and the config's hash.
         """
-        self._file.flush()
         with TensorWriter(self.folder / WEIGHTS, self._specs, {"format": "pt"}) as writer:
             for name, spec in self._specs.items():
                 if spec.count:
@@ -82,8 +138,20 @@ class AdapterWriter:
         (self.folder / name).write_text(text, encoding="utf-8")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-        self._waiting.unlink()
+        for handle in self._open:
+            os.close(handle)
+        if kind is None or self._key is None:
+            self._journal.unlink(missing_ok=True)
+            self._waiting.unlink()
+
+
+def _reads(file: BinaryIO, nbytes: int, wanted: str) -> bool:
+    """Whether the next bytes of a file have that hash."""
+    digest = xxhash.xxh3_128()
+    while nbytes and (block := file.read(min(nbytes, 2**20))):
+        digest.update(block)
+        nbytes -= len(block)
+    return not nbytes and digest.hexdigest() == wanted
 
 
 def lora_config(

@@ -7,6 +7,7 @@ An adapter's change of a weight is s B A. What comes out is an adapter again; ho
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from interfuse.checkpoints.adapters.pairs import Adapter, Pair, open_adapter
+from interfuse.checkpoints.adapters.pairs import CONFIG, Adapter, Pair, open_adapter
 from interfuse.checkpoints.adapters.writer import AdapterWriter, lora_config
+from interfuse.checkpoints.hashes import hash_file
 from interfuse.checkpoints.numbers import FLOATS, STORED_FLOATS, float_named, widen
-from interfuse.checkpoints.writer import whole_folder
+from interfuse.checkpoints.writer import settle, whole_folder
 from interfuse.engine.adapters.methods import Factors
+from interfuse.engine.output.finished import finished_adapter
 from interfuse.errors import CheckpointError, OptionError, Problem, UserError, nearest
 from interfuse.methods.forms import normalized
 from interfuse.progress import track
@@ -44,6 +47,7 @@ def merge_adapters(
     weights: Sequence[float] | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     **options: Any,
 ) -> Path:
     """Merge peft LoRA adapters of one base into a new one, the folder `out`, without the base.
@@ -51,12 +55,16 @@ def merge_adapters(
     `method` is `linear` (exact, its rank the sum of ranks), `svd` (that, truncated to `rank`), `knots`, `ties`,
     `dare_linear` or `dare_ties`; `weights` is one number an adapter (1 each), `dtype` the stored type (each module's in the
     first adapter that has it), `options` the method's. A module that an adapter doesn't change counts as a change of zero;
-    tensors saved whole are averaged, and must be in all. DoRA, or anything that doesn't fit, is a `CheckpointError` with all
-    of it; nothing is written then.
+    tensors saved whole are averaged, and must be in all. `resume` goes on where a run that was killed was, to the same bytes,
+    and leaves what one had finished, of the same adapters, as it is. DoRA, or anything that doesn't fit, is a
+    `CheckpointError` with all of it; nothing is written then.
     """
     prepared = prepare(method, adapters, weights=weights, dtype=dtype, **options)
-    with whole_folder(out, overwrite=overwrite, inputs=list(adapters)) as folder:
-        write(prepared, folder)
+    if resume and finished_adapter(Path(out), asked(prepared)) is not None:
+        settle(out)
+        return Path(out)
+    with whole_folder(out, overwrite=overwrite, inputs=list(adapters), resume=resume) as folder:
+        write(prepared, folder, resume=resume)
     return Path(out)
 
 
@@ -81,23 +89,35 @@ def prepare(
     return Prepared(found, checked, opened, chosen, coefficients, dtype)
 
 
-def write(prepared: Prepared, folder: Path, *, progress: bool = False) -> dict[str, Any]:
-    """Write the merged adapter into `folder`, which is there; what its `interfuse.json` is about."""
-    method, opened, coefficients = prepared.method, prepared.adapters, prepared.coefficients
-    stored = _dtype(prepared.dtype)
-    record = {
+def asked(prepared: Prepared) -> dict[str, Any]:
+    """What the adapter's `interfuse.json` says of how it's made: all that determines it."""
+    return {
         "kind": "adapter merge",
-        "method": method.name,
+        "method": prepared.method.name,
         "options": {name.rstrip("_"): value for name, value in prepared.options.items()},
         "dtype": prepared.dtype,
         "weights": list(prepared.weights),
-        "sources": [{"model": str(one.folder.resolve()), "xxh3": one.weights.hash()} for one in opened],
-        "papers": [method.paper],
+        "sources": [
+            {"model": str(one.folder.resolve()), "xxh3": one.weights.hash(), "config": hash_file(one.folder / CONFIG)}
+            for one in prepared.adapters
+        ],
+        "papers": [prepared.method.paper],
     }
-    with AdapterWriter(folder) as writer:
+
+
+def write(prepared: Prepared, folder: Path, *, resume: bool = False, progress: bool = False) -> dict[str, Any]:
+    """Write the merged adapter into `folder`, which is there; what its `interfuse.json` is about.
+
+    With `resume` the folder may be what a run that was killed has left.
+    """
+    method, opened, coefficients = prepared.method, prepared.adapters, prepared.coefficients
+    stored = _dtype(prepared.dtype)
+    record = asked(prepared)
+    with AdapterWriter(folder, json.dumps(record), resume=resume) as writer:
         modules = _modules(opened)
         for module in track(modules, "merging", len(modules), shown=progress):
-            _merge_module(writer, opened, module, method.make, prepared.weights, prepared.options, stored)
+            if module not in writer.done:
+                _merge_module(writer, opened, module, method.make, prepared.weights, prepared.options, stored)
         scale = float(prepared.options.get("lambda_", 1.0))
         lora_bias = _merge_biases(writer, opened, [scale * share for share in coefficients], stored)
         _merge_whole(writer, opened, coefficients, stored)
@@ -245,7 +265,7 @@ def _merge_biases(writer: AdapterWriter, adapters: Sequence[Adapter], weights: S
     for module in _modules(adapters):
         owner = next(adapter for adapter in adapters if module in adapter.pairs)
         kind, size, *_ = _shape(owner, module)
-        if kind == "embedding":
+        if kind == "embedding" or f"{module}.lora_B.bias" in writer.done:
             continue
         total = np.zeros(size)
         for adapter, weight in zip(adapters, weights, strict=True):
@@ -262,6 +282,8 @@ def _merge_whole(writer: AdapterWriter, adapters: Sequence[Adapter], weights: Se
     for target in _targets(adapters):
         module, _, last = target.rpartition(".")
         name = f"{module}.base_layer.{last}" if module in modules else target
+        if name in writer.done:
+            continue
         key = adapters[0].whole[target]
         spec = adapters[0].weights.specs[key]
         if spec.dtype not in STORED_FLOATS:

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from interfuse.checkpoints.adapters.pairs import WEIGHTS
 from interfuse.checkpoints.hashes import file_hashes, lines_of
-from interfuse.checkpoints.source import Checkpoint, hash_block, hash_blocks, hash_of, open_folder
+from interfuse.checkpoints.source import Checkpoint, hash_block, hash_blocks, hash_of, open_checkpoint, open_folder
+from interfuse.engine.separate import same_heads
 from interfuse.errors import UserError
 from interfuse.plan import Plan
 
@@ -38,12 +40,27 @@ def finished(
         if {key: record[key] for key in asked} != json.loads(json.dumps(asked)):
             return None
         known = [_read_hash(source, said) == said["xxh3"] for source, said in zip(sources, record["sources"], strict=True)]
+        known.append(same_heads(folder, sources, recipes[-1]))
         there = open_folder(folder, stems=sources[plan.lead].stems)
         files = file_hashes(folder, [file.path for file in there.files()])
         whole = lines_of(there) == record["tensors"] and record["files"].items() <= files.items()
     except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
         return None
     return record if whole and all(known) else None
+
+
+def finished_adapter(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`finished` of a merge of adapters: `asked` is what its record says of how it is made, its inputs' hashes included."""
+    try:
+        record: dict[str, Any] = json.loads((folder / "interfuse.json").read_text(encoding="utf-8"))
+        if {key: record[key] for key in asked} != json.loads(json.dumps(asked)):
+            return None
+        there = open_checkpoint(folder / WEIGHTS)
+        files = file_hashes(folder, [file.path for file in there.files()])
+        whole = lines_of(there) == record["tensors"] and record["files"].items() <= files.items()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
+        return None
+    return record if whole else None
 
 
 def _read_hash(source: Checkpoint, said: Mapping[str, Any]) -> str:
