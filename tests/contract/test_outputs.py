@@ -9,6 +9,7 @@ student that is its own teacher has nothing to learn, alpha's ends are what they
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,9 +83,17 @@ X, Y = examples(40, 0)
 VALIDATION = examples(100, 1)
 
 
+@functools.cache
+def of_all(kind: str) -> itf.Ensemble:
+    """That of all networks, made once."""
+    return ensemble(kind, NETWORKS)
+
+
 def ensemble(kind: str, networks: Any = None, **options: Any) -> itf.Ensemble:
     """One of that kind, which has learned what it learns."""
-    made = itf.Ensemble(NETWORKS if networks is None else networks, combine=kind, **options)  # type: ignore[arg-type]
+    if networks is None:
+        return copy.deepcopy(of_all(kind))
+    made = itf.Ensemble(networks, combine=kind, **options)  # type: ignore[arg-type]
     if itf.Ensemble.learns(kind):
         made.calibrate(VALIDATION, folds=2, progress=False)
     return made.eval()
@@ -198,7 +207,7 @@ def test_one_temperature_lowers_the_loss_and_keeps_every_class(kind: str) -> Non
 
 @pytest.mark.parametrize("kind", COMBINE)
 def test_it_is_the_same_each_time_and_saved_with_what_it_learned(kind: str, tmp_path: Path) -> None:
-    first, second = ensemble(kind), ensemble(kind)
+    first, second = ensemble(kind), ensemble(kind, NETWORKS)
     for model in (first, second):
         model.calibrate(VALIDATION, folds=2, progress=False)
     assert set(first.numbers) == set(second.numbers)

@@ -21,7 +21,7 @@ from interfuse.errors import OptionError, Problem, nearest
 from interfuse.pipeline.adapting import merges_adapters, run_adapters
 from interfuse.pipeline.finished import code_of, description, is_saved
 from interfuse.pipeline.intended import finished_before, intended, machine, models_problems, planned, written
-from interfuse.pipeline.record import STAGES, RunRecord, hash_data, versions, write
+from interfuse.pipeline.record import DESCRIPTION, STAGES, RunRecord, hash_data, restored, versions, write
 from interfuse.recipe import Recipe, check_recipes
 from interfuse.recipe.check import TRUST, chooses, method_of, names_of
 from interfuse.recipe.learned import learns
@@ -57,7 +57,7 @@ def run(
 
     recipe: a YAML file, or a mapping; or several, of which later ones merge what earlier ones give. out: appears whole or
     not at all; one that is there needs `overwrite`. resume: a merge of files, or stages, go on where a run that was killed
-    was, and a merge that was finished, of the same recipe and models, is left as it is. trust_code: allow `python:`
+    was, and one that was finished, of the same recipe and models, is left as it is. trust_code: allow `python:`
     references. seed: in place of the recipe's. threads: the merge's, or torch's, for this run. device: "cpu" or "cuda"; left
     out, cuda for networks, if there is one, and the CPU for merges. dry_run: check all, write nothing. allow_nonfinite: NaN
     and infinity may be merged. mergekit_compat: follow mergekit (docs/mergekit.md).
@@ -72,22 +72,20 @@ def run(
     how: dict[str, Any] = {"trust_code": trust_code, "threads": threads, "device": device, "progress": progress}
     chain, how_found = _with_chosen(chain, Path(out), beside, overwrite=overwrite or resume, dry_run=dry_run, **how)
     checked, of_files = chain[-1], merges_files(chain)
-    if merges_adapters(chain):
-        return run_adapters(checked, out, overwrite=overwrite, resume=resume, dry_run=dry_run, progress=progress)
-    if checked.fusion == "transplant":
-        from interfuse.pipeline.transplanting import copies_files, run_transplant
-
-        if copies_files(checked):
-            return run_transplant(checked, out, overwrite=overwrite, dry_run=dry_run, **how)
-    going_on = resume and of_files and not dry_run
-    if going_on and (before := finished_before(chain, out, compat=mergekit_compat, nonfinite=allow_nonfinite)) is not None:
+    if (made := _apart(chain, out, overwrite=overwrite, resume=resume, dry_run=dry_run, **how)) is not None:
+        return made
+    before: RunRecord | None = None
+    if resume and not dry_run and of_files:
+        before = finished_before(chain, out, compat=mergekit_compat, nonfinite=allow_nonfinite)
+    elif resume and not dry_run:
+        before = _staged_before(checked, out, beside, trust_code)
+    if before is not None:
         settle(out)
         return dataclasses.replace(before, seconds=time.monotonic() - started)
     output: dict[str, Any] = {"overwrite": overwrite, "inputs": _inputs(chain)}
     stages = planned(chain if of_files else (), out, compat=mergekit_compat, **output)
     _, plan, sources = stages[-1] if stages else (None, None, [])
-    record = intended(checked, stages)
-    record = dataclasses.replace(record, **how_found | {"papers": (*how_found.get("papers", ()), *record.papers)})
+    record = _said(intended(checked, stages), how_found)
     if dry_run:
         here = machine(stages, out, threads)
         return dataclasses.replace(record, here=here, versions=versions(), seconds=time.monotonic() - started)
@@ -98,14 +96,8 @@ def run(
                 threads=threads, allow_nonfinite=allow_nonfinite, resume=resume, progress=progress, device=device_for(device),
             )  # fmt: skip
         found: Any = None
-        if plan is None:
-            _emptied(folder, STAGES if checked.fusion == "stages" else "")
         if plan is None or checked.data is not None:
-            from interfuse.pipeline import networks
-
-            step = networks.evaluate_merged if plan is not None else _step(checked)
-            with networks.settled(checked.seed, threads), code_beside(beside):
-                found = step(checked, folder, trust_code=trust_code, device=device, progress=progress)
+            found = _with_networks(checked, folder, beside, merged=plan is not None, **how)
         record = dataclasses.replace(
             record,
             out=Path(out),
@@ -119,9 +111,53 @@ def run(
     return record
 
 
+def _said(record: RunRecord, found: Mapping[str, Any]) -> RunRecord:
+    """The record with how the recipe's models or numbers were found, their papers first."""
+    return dataclasses.replace(record, **{**found, "papers": (*found.get("papers", ()), *record.papers)})
+
+
 def _learned(found: Any) -> dict[str, Any]:
     """What training and evaluation gave, nothing where there was neither."""
     return {key: getattr(found, key, None) for key in ("training", "test", "classes", "tasks", "curve", "stitch")}
+
+
+def _apart(
+    chain: Sequence[Recipe], out: str | Path, *, overwrite: bool, resume: bool, dry_run: bool, progress: bool, **how: Any
+) -> RunRecord | None:
+    """The runs that have ways of their own, of adapters and of transplants from folder to folder; None for all others."""
+    output: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "progress": progress}
+    if merges_adapters(chain):
+        return run_adapters(chain[-1], out, resume=resume, **output)
+    if chain[-1].fusion == "transplant":
+        from interfuse.pipeline.transplanting import copies_files, run_transplant
+
+        if copies_files(chain[-1]):
+            return run_transplant(chain[-1], out, **output, **how)
+    return None
+
+
+def _staged_before(recipe: Recipe, out: str | Path, beside: Path | None, trust_code: bool) -> RunRecord | None:
+    """The record of stages whose output is in place, of this recipe, its models and its data; else None."""
+    if recipe.fusion != "stages" or not (Path(out) / DESCRIPTION).is_file():
+        return None
+    from interfuse.pipeline.layers import finished
+
+    with code_beside(beside):
+        run = finished(recipe, Path(out), trust_code=trust_code)
+    return None if run is None else restored(intended(recipe, []), Path(out), run)
+
+
+def _with_networks(
+    recipe: Recipe, folder: Path, beside: Path | None, *, merged: bool, threads: int | None, **how: Any
+) -> Any:  # fmt: skip
+    """What is done with networks: all of a recipe, or what is left of one whose merge lies in `folder`."""
+    from interfuse.pipeline import networks
+
+    if not merged:
+        _emptied(folder, STAGES if recipe.fusion == "stages" else "")
+    step = networks.evaluate_merged if merged else _step(recipe)
+    with networks.settled(recipe.seed, threads), code_beside(beside):
+        return step(recipe, folder, **how)
 
 
 def _emptied(folder: Path, kept: str) -> None:
