@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from benchmarks.levels import features, layers, outputs, shared, table, weights
+from benchmarks.levels import features, layers, outputs, table, weights
 from benchmarks.levels.bench import EPOCHS, Bench, Row
-from benchmarks.levels.data import KINDS, TRAIN, load
+from benchmarks.levels.data import SETS, load
 from benchmarks.levels.networks import tokenizer
 
 #: What `--methods` names, in the order in which it is run.
@@ -34,7 +34,6 @@ METHODS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "joined": layers.joined,
     "cross_stitch": features.cross_stitch,
     "stages": layers.staged,
-    "shared": shared.trunks,
 }
 
 
@@ -43,17 +42,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder of all data sets")
     parser.add_argument("--cache", type=Path, required=True, help="where trained networks and features are kept")
-    parser.add_argument("--sets", nargs="+", choices=KINDS, default=list(KINDS), metavar="SET", help=", ".join(KINDS))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), metavar="SET", help=", ".join(SETS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M", help=", ".join(METHODS))
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="a parent's epochs, 3 or more")
-    parser.add_argument("--train", type=int, default=TRAIN, help="examples to train on")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where results.json and README.md are written")
     parser.add_argument("--latency", action="store_true", help="measure latencies of all that has a row")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     for name in options.sets:
-        task = load(name, options.data, tokenizer() if KINDS[name] == "text" else None, options.train)
+        kind, train = SETS[name]
+        task = load(name, options.data, tokenizer() if kind == "text" else None, train)
         bench = Bench(task, options.cache, options.epochs)
         for method in options.methods:
             for row in METHODS[method](bench):

@@ -113,7 +113,7 @@ class Bench:
 
     def fit(self, network: nn.Module, *, epochs: int, rate: float, seed: int = 0, data: Data | None = None, **more: Any) -> Any:
         """`itf.fit` on the training part, the best epoch by validation."""
-        how = {"epochs": epochs, "learning_rate": rate, "seed": seed, "batch_size": 64, "patience": None, "progress": False}
+        how: dict[str, Any] = {"epochs": epochs, "learning_rate": rate, "seed": seed, "patience": None, "progress": False}
         if self.task.kind == "image" and not isinstance(network, itf.ModelFusion | itf.CrossStitch):
             more = {"train_only": without_norms(network), **more}
         loader = self.task.loader(data or self.task.train, seed)

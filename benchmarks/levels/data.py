@@ -26,8 +26,9 @@ from interfuse.data import Data
 from interfuse.modules.inputs import split_batch
 
 BATCH, TOKENS = 32, 32
-TRAIN, VALIDATION, UNLABELLED, TEST = 1600, 400, 1600, 1000
-KINDS = {"notmnist": "image", "banking77": "text", "gtsrb": "image", "hwu64": "text"}
+VALIDATION, TEST = 400, 1000
+#: The sets: what they hold, and how many examples are trained on.
+SETS = {"notmnist": ("image", 1600), "trec6": ("text", 800), "gtsrb": ("image", 1600), "banking77": ("text", 800)}
 
 
 class NearLengths(BatchSampler):
@@ -46,20 +47,20 @@ class NearLengths(BatchSampler):
 
 @dataclass(frozen=True)
 class Task:
-    """One set. `both` is `train` and as many examples more, or fewer, whose labels aren't used."""
+    """One set. `pool` is `train` and as many examples more, whose labels aren't used."""
 
     name: str
     kind: str
     classes: int
     train: Data
     validation: Data
-    both: Data
+    pool: Data
     test: Data
 
     @property
     def spec(self) -> dict[str, Any]:
         """What the data are, for the cache's keys."""
-        sizes = [len(part) for part in (self.train, self.validation, self.both, self.test)]
+        sizes = [len(part) for part in (self.train, self.validation, self.pool, self.test)]
         return {"set": self.name, "sizes": sizes, "batch": BATCH}
 
     def loader(self, data: Data, seed: int = 0) -> DataLoader[Any]:
@@ -74,12 +75,12 @@ class Task:
         return split_batch(next(iter(part(self.train, count).loader(count))))[0]
 
 
-def load(name: str, folder: Path, tokenizer: Callable[..., Any] | None, train: int = TRAIN) -> Task:
+def load(name: str, folder: Path, tokenizer: Callable[..., Any] | None, train: int) -> Task:
     """A set from the folder of all sets; texts through the tokenizer."""
     if not (folder / name).is_dir():
         sys.exit(f"no data set at {folder / name}; give --data")
     labels = json.loads((folder / name / "meta.json").read_text(encoding="utf-8"))["labels"]
-    kind = KINDS[name]
+    kind = SETS[name][0]
     read = _images if kind == "image" else _texts
     parts = {which: read(folder / name, which, labels) for which in ("train", "test")}
     if tokenizer is not None:
@@ -87,8 +88,8 @@ def load(name: str, folder: Path, tokenizer: Callable[..., Any] | None, train: i
         parts = {which: part.tokenize(cut) for which, part in parts.items()}
     whole, test = parts["train"], parts["test"]
     rest, validation = whole.split(VALIDATION / len(whole), seed=0)
-    both = part(rest, train + UNLABELLED)
-    return Task(name, kind, len(labels), part(both, train), validation, both, part(test, TEST))
+    pool = part(rest, 2 * train)
+    return Task(name, kind, len(labels), part(pool, train), validation, pool, part(test, TEST))
 
 
 def part(data: Data, count: int) -> Data:

