@@ -18,7 +18,7 @@ import yaml
 
 import interfuse as itf
 from interfuse.data import load_data
-from interfuse.errors import ModelError, RecipeError
+from interfuse.errors import CheckpointError, ModelError, RecipeError
 from interfuse.pipeline import load_run, run
 from interfuse.pipeline.growing import form_of, made_of
 
@@ -156,6 +156,18 @@ def test_a_killed_run_goes_on_in_its_stage_to_the_same_weights(work: Path) -> No
     assert sorted(path.name for path in (work / "out").iterdir()) == sorted(path.name for path in (work / "whole").iterdir())
     first, second = (json.loads((work / name / "interfuse.json").read_text())["run"]["training"] for name in ("whole", "out"))
     assert [stage["training"]["best"] for stage in first["stages"]] == [stage["training"]["best"] for stage in second["stages"]]
+
+
+def test_a_finished_run_is_left_as_it_is(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(staged(), "out", trust_code=True, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("interfuse.transfer.stages.fit", lambda *args, **how: pytest.fail("trained"))
+        again = run(staged(), "out", trust_code=True, resume=True, progress=False)
+    assert again.before
+    assert again.test == first.test
+    np.savez(work / "later.npz", **{key: value[:24] for key, value in np.load(work / "later.npz").items()})
+    with pytest.raises(CheckpointError, match="is there already"):
+        run(staged(), "out", trust_code=True, resume=True, progress=False)
 
 
 def test_what_another_recipe_left_is_not_gone_on_with(work: Path) -> None:

@@ -19,6 +19,7 @@ from interfuse.checkpoints.source import open_checkpoint
 from interfuse.data import Data
 from interfuse.errors import OptionError, Problem
 from interfuse.models import load_tokenizer
+from interfuse.pipeline.finished import description
 from interfuse.pipeline.growing import note_growth, rehearsed
 from interfuse.pipeline.networks import (
     TARGET,
@@ -29,7 +30,7 @@ from interfuse.pipeline.networks import (
     load_networks,
     load_sets,
 )
-from interfuse.pipeline.record import STAGES, hash_data
+from interfuse.pipeline.record import RECIPE, STAGES, as_yaml, hash_data
 from interfuse.pipeline.task_data import Sets, load_stages
 from interfuse.pipeline.transplanting import asked_of
 from interfuse.pipeline.trial import try_networks
@@ -73,6 +74,18 @@ def run_layers(recipe: Recipe, folder: Path, *, trust_code: bool, device: str | 
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return result
+
+
+def finished(recipe: Recipe, out: Path, *, trust_code: bool) -> dict[str, Any] | None:
+    """What `interfuse.json` in `out` says of the run, if that was of this recipe with the same models and data; else None."""
+    about = description(out).get("run")
+    if about is None or not (out / RECIPE).is_file() or (out / RECIPE).read_text(encoding="utf-8") != as_yaml([recipe]):
+        return None
+    known = {part["name"]: part["xxh3"] for part in about["inputs"]["models"]}
+    networks = load_networks(recipe, trust_code=trust_code)
+    same = all(known.get(name.strip()) == open_checkpoint(network).hash() for name, network in networks.items())
+    found: dict[str, Any] = about
+    return found if same and about["inputs"]["data"] == hash_data(recipe) else None
 
 
 def _common(recipe: Recipe) -> Recipe:

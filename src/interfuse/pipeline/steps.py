@@ -74,12 +74,11 @@ def run(
     checked, of_files = chain[-1], merges_files(chain)
     if (made := _apart(chain, out, overwrite=overwrite, resume=resume, dry_run=dry_run, **how)) is not None:
         return made
-    before: RunRecord | None = None
-    if resume and not dry_run and of_files:
-        before = finished_before(chain, out, compat=mergekit_compat, nonfinite=allow_nonfinite)
-    elif resume and not dry_run:
-        before = _staged_before(checked, out, beside, trust_code)
-    if before is not None:
+    if of_files:
+        earlier = lambda: finished_before(chain, out, compat=mergekit_compat, nonfinite=allow_nonfinite)
+    else:
+        earlier = lambda: _staged_before(checked, out, beside, trust_code)
+    if resume and not dry_run and (before := earlier()) is not None:
         settle(out)
         return dataclasses.replace(before, seconds=time.monotonic() - started)
     output: dict[str, Any] = {"overwrite": overwrite, "inputs": _inputs(chain)}
