@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,13 +20,14 @@ from safetensors.numpy import load_file, save_file
 from interfuse.checkpoints.remote.urls import cache_folder
 from interfuse.checkpoints.source import open_checkpoint
 from interfuse.engine.merge import merge
-from interfuse.engine.opening import open_references
+from interfuse.engine.opening import at_commit, commits_of, open_references
 from interfuse.errors import CheckpointError
 from interfuse.pipeline import run
 from interfuse.pipeline.verifying import verify
 from interfuse.recipe.references import Reference
 
 COMMIT = "c0ffee" + "0" * 34
+LATER = "decade" + "0" * 34
 LARGE = 500_000  # elements
 
 
@@ -54,11 +56,25 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.ranges, self.listing = folder, ranges, listing
         self.asked: list[tuple[str, str, int]] = []
+        self.moved: dict[str, Path] = {}  # repositories with a later commit, and where what they had before is
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def sent(self, end: str = "") -> int:
         """Bytes of bodies that were sent, of files whose name ends so."""
         return sum(size for _, path, size in self.asked if path.endswith(end))
+
+    def move(self, repo: str) -> Path:
+        """Give the repository a later commit, whose files are yet to be written in the folder that is given."""
+        folder = self.folder / repo
+        self.moved[repo] = folder.rename(self.folder / "before" / repo.replace("/", "-"))
+        return folder
+
+    def at(self, repo: str, revision: str | None) -> tuple[Path, str]:
+        """The folder of a revision, and its commit."""
+        now = LATER if repo in self.moved else COMMIT
+        if revision == COMMIT != now:
+            return self.moved[repo], COMMIT
+        return self.folder / repo, now
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -80,22 +96,23 @@ class Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             self.about(*match.groups())
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self.file(self.server.folder / match[1] / match[3], {"X-Repo-Commit": COMMIT})
+            folder, commit = self.server.at(match[1], match[2])
+            self.file(folder / match[3], {"X-Repo-Commit": commit})
         else:
             self.file(self.server.folder / path.removeprefix("/files/"), {})
 
     def about(self, repo: str, revision: str | None) -> None:
-        folder = self.server.folder / repo
+        folder, commit = self.server.at(repo, revision)
         if repo == "org/gated":
             self.send(403, b"", {"X-Error-Code": "GatedRepo"})
         elif not folder.is_dir():
             self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
-        elif revision not in (None, "main", COMMIT):
+        elif revision not in (None, "main", commit):
             self.send(404, b"", {"X-Error-Code": "RevisionNotFound"})
         else:
             files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
             siblings = [{"rfilename": str(p.relative_to(folder)), "size": p.stat().st_size} for p in files]
-            self.send(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode(), {})
+            self.send(200, json.dumps({"id": repo, "sha": commit, "siblings": siblings}).encode(), {})
 
     def file(self, path: Path, headers: dict[str, str]) -> None:
         if path.is_dir() and self.server.listing:
@@ -132,7 +149,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server, which the hub's client takes for the hub, and caches of this test alone."""
-    (tmp_path / "served" / "org").mkdir(parents=True)
+    for name in ("org", "before"):
+        (tmp_path / "served" / name).mkdir(parents=True)
     server = Server(tmp_path / "served")
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
@@ -194,6 +212,54 @@ def test_a_plan_of_hub_models_reads_headers_and_a_run_fetches_them_once(served: 
     run(recipe("org/a", "org/b@main"), "again", progress=False)
     assert served.sent(".safetensors") == 0
     assert (Path("again") / "model.safetensors").read_bytes() == (Path("out") / "model.safetensors").read_bytes()
+
+
+def drop_the_cache() -> None:
+    shutil.rmtree("hub")
+
+
+def stay_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_verify_reads_the_commits_that_were_merged(served: Server, monkeypatch: pytest.MonkeyPatch, away: bool) -> None:
+    """The branches have moved on since: to other values, and to another architecture."""
+    for i, name in enumerate("abc"):
+        write_model(served.folder / "org" / name, i)
+    first = recipe("org/a", "org/b@main") | {"name": "first"}
+    run([first, recipe("first", "org/c")], "out", progress=False)
+    write_model(served.move("org/a"), 5)
+    write_model(served.move("org/b"), 6, layers=3)
+    run(recipe("org/a", "org/c", f"org/a@{COMMIT}"), "both", progress=False)
+    write_model(served.move("org/c"), 7)
+    if away:
+        stay_away(monkeypatch)
+    else:
+        drop_the_cache()
+    for folder in ("out", "both"):
+        found = verify(folder, again=True, progress=False)
+        assert found.good, found.text()
+        assert {check.what for check in found.checks} == {"tensors", "files", "recipe", "inputs", "again"}
+        assert all(check.good for check in found.checks)
+    assert away or not served.sent(f"b/resolve/{LATER}/model.safetensors")
+    if not away:
+        drop_the_cache()
+        shutil.rmtree(served.moved["org/c"])
+        assert [c.name for c in verify("out", progress=False).checks if c.good is None] == ["org/c", "first"]
+
+
+def test_commits_go_to_what_a_recipe_calls_them() -> None:
+    base = {"model": "org/a+org/l", "origins": ["org/a@1", "org/l@2"]}
+    asked = [Reference("org/a", None, "org/l", "v1"), Reference("/here")]
+    assert commits_of([base, {"model": "/here"}], asked) == {("org/a", None): "1", ("org/l", "v1"): "2"}
+    pinned = at_commit(asked[0], {("org/a", None): "1", ("org/l", "v1"): "2"})
+    assert pinned == Reference("org/a", "1", "org/l", "2")
+    assert at_commit(asked[1], {("/here", "x"): "1"}) == asked[1]
+    several = [Reference("org/a"), Reference("org/a", "main"), Reference("org/a", "v2")]
+    assert commits_of([base], several) == {("org/a", None): "1", ("org/a", "main"): "1", ("org/a", "v2"): "1"}
+    assert not commits_of([{"model": "x", "origins": ["org/a@1", "org/a@2"]}], several)
+    assert not commits_of([{"model": "x", "origins": ["https://me@host/a"]}], [Reference("https://me@host/a")])
 
 
 def test_a_pipeline_on_the_hub_is_merged_part_by_part(served: Server) -> None:

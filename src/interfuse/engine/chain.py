@@ -20,7 +20,7 @@ from interfuse.checkpoints.source import Checkpoint
 from interfuse.checkpoints.tokenizers.tokenizer import MAIN, read_tokenizer
 from interfuse.engine.global_trim import global_cuts
 from interfuse.engine.merging import Merging
-from interfuse.engine.opening import open_references
+from interfuse.engine.opening import Commits, open_references
 from interfuse.engine.output.folder import files_beside
 from interfuse.engine.outputs import job
 from interfuse.engine.scheduler import run_jobs
@@ -43,16 +43,18 @@ class Planned(NamedTuple):
 
 
 @uncollected()
-def plan_recipes(recipes: Sequence[Recipe], *, compat: bool = False, scratch: Path | None = None) -> list[Planned]:
+def plan_recipes(
+    recipes: Sequence[Recipe], *, compat: bool = False, scratch: Path | None = None, commits: Commits | None = None
+) -> list[Planned]:
     """Every recipe's plan, the output's last; what earlier recipes give is merged when it's read.
 
-    `scratch` is a folder for large tensors of the stages (left out: the system's).
+    `scratch` is a folder for large tensors of the stages (left out: the system's); `commits` as in `open_references`.
     """
     given: dict[str, Checkpoint] = {}
     stages: list[Planned] = []
     for i, recipe in enumerate(recipes):
         inside = f"documents[{i}]." if len(recipes) > 1 else ""
-        plan, sources = plan_recipe(recipe, given, compat=compat, inside=inside)
+        plan, sources = plan_recipe(recipe, given, compat=compat, inside=inside, commits=commits)
         plan = replace(plan, earlier=tuple(stage.plan.digest() for stage in stages))
         stages.append(Planned(recipe.name, plan, sources))
         if recipe.name is not None:
@@ -61,15 +63,20 @@ def plan_recipes(recipes: Sequence[Recipe], *, compat: bool = False, scratch: Pa
 
 
 def plan_recipe(
-    recipe: Recipe, given: Mapping[str, Checkpoint] | None = None, *, compat: bool = False, inside: str = ""
+    recipe: Recipe,
+    given: Mapping[str, Checkpoint] | None = None,
+    *,
+    compat: bool = False,
+    inside: str = "",
+    commits: Commits | None = None,
 ) -> tuple[Plan, list[Checkpoint]]:
     """A recipe's plan, and the checkpoints that it is for; those `given` by name are taken as they are.
 
-    `inside` is what stands before a place in the recipe, where it's one of several.
+    `inside` is what stands before a place in the recipe, where it's one of several; `commits` as in `open_references`.
     """
     where = {reference: inside + path for reference, path in places(recipe).items()}
     try:
-        checkpoints = open_references(references(recipe), given, where)
+        checkpoints = open_references(references(recipe), given, where, commits)
     except UserError as error:
         from interfuse.engine.wording import source_problems
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from interfuse.checkpoints.adapters.lora import with_adapter
 from interfuse.checkpoints.adapters.pairs import Adapter, open_adapter
@@ -25,25 +26,55 @@ from interfuse.recipe.references import Reference
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 
 
+#: The commit of a model on a hub, by its id and the revision that a recipe gives (None: none).
+Commits = Mapping[tuple[str, str | None], str]
+
+
 def open_references(
     references: Sequence[Reference],
     given: Mapping[str, Checkpoint] | None = None,
     places: Mapping[Reference, str] | None = None,
+    commits: Commits | None = None,
 ) -> dict[Reference, Checkpoint]:
     """Every checkpoint, in order; those `given` by name are taken as they are. What can't be opened is one error.
 
-    `places` are where in a recipe each stands, to be said of a model that isn't there.
+    `places` are where in a recipe each stands, to be said of a model that isn't there; `commits` which version of a model on
+    a hub is meant, whatever its branch has now.
     """
     opened: dict[Reference, Checkpoint] = {}
     problems: list[Problem] = []
     for reference in references:
         try:
-            opened[reference] = _open(reference, given or {})
+            opened[reference] = _open(at_commit(reference, commits or {}), given or {})
         except UserError as error:
             problems += located(error, reference, (places or {}).get(reference)).problems
     if problems:
         raise CheckpointError(*dict.fromkeys(problems))
     return opened
+
+
+def at_commit(reference: Reference, commits: Commits) -> Reference:
+    """The reference with the commits of its model and its adapter, where they are known, as revisions."""
+    revision = commits.get((reference.path, reference.revision), reference.revision)
+    lora = None if reference.lora is None else commits.get((reference.lora, reference.lora_revision), reference.lora_revision)
+    return replace(reference, revision=revision, lora_revision=lora)
+
+
+def commits_of(sources: Sequence[Mapping[str, Any]], asked: Sequence[Reference]) -> dict[tuple[str, str | None], str]:
+    """The commits of models on a hub by what a recipe calls them, from the `sources` of the record of its run.
+
+    `asked` are the recipe's references. A repository that is asked for in several revisions has its commits in their order;
+    where their numbers differ, as of a branch and a tag with one commit among three, it's left out.
+    """
+    parts = [part for ref in asked for part in ((ref.path, ref.revision), (ref.lora, ref.lora_revision)) if part[0] is not None]
+    origins = [origin.rpartition("@") for source in sources for origin in source.get("origins", ()) if "://" not in origin]
+    found: dict[tuple[str, str | None], str] = {}
+    for repo in dict.fromkeys(repo for repo, _, _ in origins):
+        commits = list(dict.fromkeys(commit for name, _, commit in origins if name == repo))
+        wanted = list(dict.fromkeys(part for part in parts if part[0] == repo))
+        if len(commits) in (1, len(wanted)):
+            found |= dict(zip(wanted, commits * (len(wanted) if len(commits) == 1 else 1), strict=True))
+    return found
 
 
 def located(error: UserError, reference: Reference, place: str | None) -> UserError:

@@ -16,7 +16,7 @@ from interfuse.checkpoints.numbers import widen
 from interfuse.checkpoints.places import Resident
 from interfuse.checkpoints.source import Checkpoint
 from interfuse.checkpoints.writer import check_output, whole_folder
-from interfuse.engine.opening import fetch, open_references
+from interfuse.engine.opening import Commits, fetch, open_references
 from interfuse.engine.output.card import Made, write_card
 from interfuse.engine.output.folder import merge_into
 from interfuse.errors import OptionError, Problem
@@ -100,10 +100,10 @@ def moe(
     return replace(record, seconds=time.monotonic() - started)
 
 
-def opened(recipe: MixtureRecipe) -> tuple[MixturePlan, list[Checkpoint]]:
-    """The plan, and the models that it reads: all of `plan.sources` but the one in memory."""
+def opened(recipe: MixtureRecipe, commits: Commits | None = None) -> tuple[MixturePlan, list[Checkpoint]]:
+    """The plan, and the models that it reads: all of `plan.sources` but the one in memory. `commits`: see `open_references`."""
     references = references_of(recipe)
-    found = open_references(list(dict.fromkeys(references)))
+    found = open_references(list(dict.fromkeys(references)), commits=commits)
     base, *others = (found[reference] for reference in references)
     given = [*recipe.experts, *([] if recipe.shared is None else [recipe.shared])]
     sources = [

@@ -21,7 +21,7 @@ from interfuse.checkpoints.source import Checkpoint, hash_block, hash_blocks, ha
 from interfuse.engine.adapters.extract import extract_lora
 from interfuse.engine.adapters.merging import merge_adapters
 from interfuse.engine.chain import plan_recipes
-from interfuse.engine.opening import open_references
+from interfuse.engine.opening import Commits, commits_of, open_references
 from interfuse.engine.output.folder import merge_into
 from interfuse.errors import CheckpointError, Problem, UserError
 from interfuse.pipeline.adapting import prepared_by
@@ -89,9 +89,9 @@ def verify(
     """Check the folder of a merge, a mixture or an adapter against its `interfuse.json`.
 
     Its tensors (names, types, shapes, hashes) and other files; the recipe, by planning it once more; and the models that it
-    was made from, where they are still to be found. With `again` it's made once more, in a folder beside that is removed
-    afterwards, and compared bit for bit. `threads` and `device` are that run's. A folder without such a record is a
-    `CheckpointError`.
+    was made from, where they are still to be found: of those on a hub the very commits that were read. With `again` it's made
+    once more, in a folder beside that is removed afterwards, and compared bit for bit. `threads` and `device` are that run's.
+    A folder without such a record is a `CheckpointError`.
     """
     folder = Path(out)
     record = _record(folder)
@@ -169,13 +169,14 @@ def _merge(folder: Path, record: Mapping[str, Any], threads: int | None, device:
     checks = _recipe_file(folder, load_recipes, recipes)
     names = [recipe.name for recipe in recipes]
     refs = dict.fromkeys(ref for recipe in recipes for ref in references(recipe) if ref.path not in names)
-    absent = _absent(list(refs))
+    commits = commits_of(record["sources"], list(refs))
+    absent = _absent(list(refs), commits)
     if absent:
         reworded = any(recipe.tokenizer_source is not None or recipe.tokenizer is not None for recipe in recipes)
-        there = [] if reworded else _alone(record, {check.name for check in absent})
+        there = [] if reworded else _alone(record, {check.name for check in absent}, commits)
         return _Made([*checks, *absent, *there], None)
     try:
-        stages = plan_recipes(recipes, compat=compat, scratch=folder.resolve().parent)
+        stages = plan_recipes(recipes, compat=compat, scratch=folder.resolve().parent, commits=commits)
     except UserError as error:
         return _Made([*checks, *(Check("recipe", DESCRIPTION, False, str(problem)) for problem in error.problems)], None)
     plan, sources = stages[-1].plan, stages[-1].sources
@@ -200,11 +201,13 @@ def _mixture(folder: Path, record: Mapping[str, Any], threads: int | None, devic
     except (UserError, LookupError, TypeError) as error:
         return _Made([Check("recipe", DESCRIPTION, False, f"isn't a recipe: {error}")], None)
     checks = _recipe_file(folder, load_mixture, recipe)
-    absent = _absent(list(dict.fromkeys(references_of(recipe))))
+    refs = list(dict.fromkeys(references_of(recipe)))
+    commits = commits_of(record["sources"], refs)
+    absent = _absent(refs, commits)
     if absent:
         return _Made([*checks, *absent], None)
     try:
-        mixture, sources = opened(recipe)
+        mixture, sources = opened(recipe, commits)
     except UserError as error:
         return _Made([*checks, *(Check("recipe", DESCRIPTION, False, str(problem)) for problem in error.problems)], None)
     checks += _planned(record, mixture.plan, sources, {})
@@ -302,25 +305,26 @@ def _recipe_file(folder: Path, load: Callable[[Path], Any], wanted: Any) -> list
     return [Check("recipe", RECIPE, same, "" if same else f"isn't the one in {DESCRIPTION}")]
 
 
-def _absent(refs: Sequence[Reference]) -> list[Check]:
+def _absent(refs: Sequence[Reference], commits: Commits) -> list[Check]:
     """The models that can't be opened."""
     checks = []
     for ref in refs:
         try:
-            open_references([ref])
+            open_references([ref], commits=commits)
         except UserError as error:
             checks.append(Check("inputs", str(ref), None, f"can't be found: {error.problems[0].wrong}"))
     return checks
 
 
-def _alone(record: Mapping[str, Any], absent: set[str]) -> Iterator[Check]:
+def _alone(record: Mapping[str, Any], absent: set[str], commits: Commits) -> Iterator[Check]:
     """The models that are here while others aren't, so that there's no plan."""
     for source in record["sources"]:
         name = source["model"]
         if name in absent:
             continue
         try:
-            yield _input(source, open_references([Reference.parse(name)])[Reference.parse(name)])
+            (there,) = open_references([Reference.parse(name)], commits=commits).values()
+            yield _input(source, there)
         except UserError:
             yield Check("inputs", name, None, "can't be told while other models aren't here")
 
