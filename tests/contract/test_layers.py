@@ -41,7 +41,7 @@ TRAINING = {"epochs": 2, "learning_rate": 0.02, "batch_size": 16}
 
 
 def parents() -> dict[str, nn.Module]:
-    found = {}
+    found: dict[str, nn.Module] = {}
     for seed, name in enumerate("ab", 1):
         torch.manual_seed(seed)
         found[name] = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))

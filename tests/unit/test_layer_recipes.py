@@ -138,6 +138,9 @@ def test_the_depth_is_found_by_validation_and_the_curve_is_drawn(work: Path, cap
     for name, task in found["tasks"].items():
         assert task["test"]["value"] == pytest.approx(point["test"][name])
     assert "latency" not in json.dumps(found)
+    card = (work / "out" / "README.md").read_text()
+    assert "](curve.svg)" in card
+    assert 'model.network("which")' in card
 
 
 def test_tasks_of_a_trunk_are_trained_together_and_repeat(work: Path) -> None:
@@ -319,4 +322,4 @@ def test_tasks_of_texts_share_a_trunk_that_loads_by_itself(work: Path) -> None:
     assert found.targets is not None
     expected = float((found.outputs.argmax(1) == found.targets).double().mean())
     assert record.tasks["topic"]["test"]["value"] == pytest.approx(expected)
-    assert set(alone(dict(input_ids=torch.ones(1, 3, dtype=torch.long)))) == {"mood", "topic"}
+    assert set(alone({"input_ids": torch.ones(1, 3, dtype=torch.long)})) == {"mood", "topic"}

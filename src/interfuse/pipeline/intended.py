@@ -24,6 +24,7 @@ from interfuse.recipe.learned import learns
 from interfuse.recipe.pieces import places, references
 from interfuse.recipe.references import Reference
 from interfuse.recipe.values import matcher, pattern_problems
+from interfuse.registry import find
 from interfuse.report.outline import outline
 
 
@@ -101,7 +102,8 @@ def models_problems(recipe: Recipe, found: Sequence[Problem], known: Sequence[st
         checkpoints = open_references(wanted, places=where)
     except UserError as error:
         return [*error.problems, *(source_problems(recipe, {}) if asked else ())]
-    patterns = [*(recipe.drop or ()), *(recipe.keep or ())]
+    listed = recipe.heads if isinstance(recipe.heads, list) else ()
+    patterns = [*(recipe.drop or ()), *(recipe.keep or ()), *listed]
     if len(wanted) == len(where) and not any(pattern_problems(pattern, "") for pattern in patterns):
         return _between(plain, {ref: checkpoints[ref] for ref in references(plain)}, asked=asked)
     return source_problems(recipe, {}) if asked and not known else []
@@ -151,9 +153,16 @@ def intended(recipe: Recipe, stages: Sequence[Planned]) -> RunRecord:
         models=tuple(names_of(recipe) or (Path(ref.path).name for ref in references(recipe))),
         seed=recipe.seed,
         plan=outline(stages) if stages else _described(recipe),
-        papers=(method.paper,) if method and method.paper else (),
+        papers=_papers(recipe),
         notes=stages[-1].plan.notes if stages else (),
     )
+
+
+def _papers(recipe: Recipe) -> tuple[str, ...]:
+    """The sources of the recipe's method, and of the one that merges a shared trunk."""
+    found = [method_of(recipe)]
+    found += [find(options_of(recipe)["method"], "weights")] if recipe.fusion == "share_trunk" else []
+    return tuple(method.paper for method in found if method is not None and method.paper)
 
 
 @uncollected()

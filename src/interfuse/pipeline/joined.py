@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from interfuse import units
 from interfuse.checkpoints.source import open_checkpoint
 from interfuse.data import Data
 from interfuse.errors import ModelError, Problem, UserError
@@ -31,6 +32,7 @@ from interfuse.pipeline.networks import (
     load_sets,
     train,
 )
+from interfuse.pipeline.record import CURVE
 from interfuse.pipeline.task_data import Sets, load_tasks
 from interfuse.pipeline.trial import try_networks
 from interfuse.recipe import Recipe
@@ -42,8 +44,6 @@ from interfuse.transfer.sharing import SharedTrunk, share_trunk
 from interfuse.transfer.stitch import stitch
 from interfuse.transfer.together import fit_tasks
 from interfuse.transfer.tying import Tied, tie
-
-CURVE = "curve.svg"
 
 
 @dataclass
@@ -99,9 +99,17 @@ def _share_trunk(recipe: Recipe, networks: Mapping[str, nn.Module], folder: Path
             placed = {"method": options["method"], "blocks": options["blocks"]}
             shared = share_trunk(experts, options["depth"], **placed, **merged)
             training = _trained(recipe, shared, tasks, how) if recipe.training is not None else None
-    notes = (f"{shared.depth} of {len(shared.blocks.names)} blocks of {shared.blocks.path or 'the network'!r} are shared",)
     found = _compared(before, _tested(recipe, shared.network, tasks, how), tasks)
-    return Joined(shared, training, notes=notes, tasks=found, curve=None if curve is None else _points(curve))
+    points = None if curve is None else _points(curve)
+    return Joined(shared, training, notes=(_size(shared, experts),), tasks=found, curve=points)
+
+
+def _size(shared: SharedTrunk, experts: Mapping[str, nn.Module]) -> str:
+    """What is shared, and what that saves."""
+    count = lambda network: sum(parameter.numel() for parameter in network.parameters())
+    apart, now = sum(map(count, experts.values())), count(shared)
+    where = f"{shared.depth} of {len(shared.blocks.names)} blocks of {shared.blocks.path or 'the network'!r} are shared"
+    return f"{where}: {units.count(now)} parameters, the models have {units.count(apart)}"
 
 
 def _curve(

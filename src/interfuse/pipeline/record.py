@@ -28,6 +28,8 @@ RECIPE = "recipe.yaml"
 #: The picture of a fusion's weights by epoch, where validation set them.
 WEIGHTS = "weights.svg"
 DESCRIPTION = "interfuse.json"
+#: The picture of a sweep over depths, beside the output. The one file that holds measured times.
+CURVE = "curve.svg"
 #: Where finished stages are kept in an output that isn't whole yet.
 STAGES = ".stages"
 #: What isn't written down, or the same recipe would give another folder each time.
@@ -208,6 +210,7 @@ def as_yaml(chain: Sequence[Recipe]) -> str:
 _USE = """import interfuse as itf
 
 model = itf.load_run("this-folder")  # trust_code=True where the recipe names code that you trust"""
+_USE_TASK = '\nnetwork = model.network("{}")  # one task; model(inputs) gives every task its own'
 _USE_ADAPTER = 'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "this-folder")'
 
 
@@ -219,8 +222,10 @@ def _write_card(folder: Path, chain: Sequence[Recipe], record: RunRecord, kind: 
     entries = zip(names_of(recipe), recipe.models, strict=False)
     made = [Made(name, e.model + (f" with {e.weights}" if e.weights else "")) for name, e in entries]
     made += [Made(key.removesuffix("_model"), ref) for key, ref in recipe.beside.items()]
-    use = Use("peft", _USE_ADAPTER) if kind == "adapter merge" else None if kind == "transplant" else Use("interfuse", _USE)
+    code = _USE + (_USE_TASK.format(next(iter(record.tasks))) if record.tasks else "")
+    use = Use("peft", _USE_ADAPTER) if kind == "adapter merge" else None if kind == "transplant" else Use("interfuse", code)
     quality = record.scores()
+    quality += [f"![Each task's quality against parameters and latency]({CURVE})"] if (folder / CURVE).is_file() else []
     quality += [f"![Each model's weight by epoch]({WEIGHTS})"] if (folder / WEIGHTS).is_file() else []
     write_card(folder, record.title(), made, as_yaml(chain), use=use, papers=record.papers, quality=quality)
 
