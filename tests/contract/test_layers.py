@@ -75,7 +75,11 @@ def _stages(models: dict[str, nn.Module]) -> Any:
 
 CASES = {
     "transplant": Case(
-        {"target": "python:contractnets:target", "parameters": {"rules": {"0.*": "0.*", "*": None}}, "data": {"test": "test.npz"}},
+        {
+            "target": "python:contractnets:target",
+            "parameters": {"rules": {"0.*": "0.*", "*": None}},
+            "data": {"test": "test.npz"},
+        },
         _transplant,
         models=MODELS[:1],
     ),
