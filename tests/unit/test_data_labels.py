@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from interfuse.data import Data, load_data
+from interfuse.data.joining import joined
 from interfuse.errors import DataError
 
 
@@ -66,3 +67,28 @@ def test_numbers_without_names_count_the_classes() -> None:
         data.named(["a", "b"])
     named = Data(np.zeros((3, 2), np.float32), np.array([0, 2, 1]), classes=["z", "b", "a"])
     assert named.named(["a", "b", "z"]).targets.tolist() == [2, 0, 1]
+
+
+def test_data_sets_are_joined_row_by_row() -> None:
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(5, 3)).astype(np.float32), np.array([0, 1, 1, 0, 1])
+    whole = joined([Data(x, y), Data(2 * x, 1 - y)])
+    inputs, targets = next(iter(whole.loader(10)))
+    assert torch.equal(inputs, torch.from_numpy(np.concatenate([x, 2 * x])))
+    assert torch.equal(targets, torch.from_numpy(np.concatenate([y, 1 - y])))
+    rest, part = Data(x, y).split(0.4)
+    back = joined([part, rest])  # of views, whose rows are some of a column's
+    assert torch.equal(back.targets, torch.cat([part.targets, rest.targets]))
+    texts = joined([Data(["a", "b"], None), Data(["c"], None)])
+    assert next(iter(texts.loader(3))) == ["a", "b", "c"]
+    named = joined([Data({"p": x, "q": x}, y), Data({"p": 2 * x, "q": x}, y)])
+    assert next(iter(named.loader(10)))[0]["p"].shape == (10, 3)
+    for parts, said in (
+        ([Data(x, y), Data(x, None)], "some have labels"),
+        ([Data(x, y), Data(x, y, classes=["0", "1", "2"])], "their classes differ: 0, 1; 0, 1, 2"),
+        ([Data(x, y), Data(x[:, :2], y)], r"shapes \(3,\), \(2,\)"),
+        ([Data(x, y), Data(list("abcde"), y)], "different kinds: numbers, texts"),
+        ([Data({"p": x}, y), Data({"q": x}, y)], "their inputs are p; q"),
+    ):
+        with pytest.raises(DataError, match=said):
+            joined(parts)

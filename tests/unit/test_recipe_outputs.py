@@ -16,6 +16,7 @@ from torch import nn
 
 from interfuse.cli import main
 from interfuse.data import load_data
+from interfuse.data.joining import joined
 from interfuse.ensemble.network import Ensemble
 from interfuse.errors import DataError, RecipeError
 from interfuse.inference.predict import predict
@@ -324,3 +325,58 @@ def test_a_transformers_student_is_a_folder_that_transformers_loads(work: Path) 
     config = transformers.AutoConfig.from_pretrained("named")
     assert config.id2label == {0: "no", 1: "yes"}
     assert compare_runs(["out"], "t.csv", progress=False)["out"].score.value == pytest.approx(record.test["value"])
+
+
+def test_teachers_teach_on_data_of_their_own(work: Path) -> None:
+    x, y = np.load("train.npz")["x"], np.load("train-named.npz")["y"]
+    for name, column in (("two", ["cat", "dog"]), ("pair", ["owl", "dog"])):
+        kept = np.isin(y, column)
+        np.savez(f"{name}.npz", x=x[kept], y=np.array([column.index(label) for label in y[kept]]))  # the model's numbers
+    models = [net("two", data={"train": "two.npz"}), net("pair", data={"train": "pair.npz"})]
+    parameters = {"classes": SPACES, "combine": "per_task"}
+    recipe = student(models=models, parameters=parameters, data={"validation": 0.25, "test": "test-named.npz"})
+    record = run(recipe, "out", trust_code=True, progress=False)
+    assert record.classes == ("cat", "dog", "owl")
+    parts = [load_data(f"{name}.npz").named(SPACES[name]).named(("cat", "dog", "owl")) for name in ("two", "pair")]
+    whole = joined(parts)
+    assert len(whole) == sum(map(len, parts))
+    rest, part = whole.split(0.25, 0)
+    taught = built("student")
+    distill(
+        [built("two"), built("pair")], taught, rest, part, combine="per_task", classes=list(SPACES.values()),
+        epochs=2, learning_rate=0.01, batch_size=16, progress=False,
+    )  # fmt: skip
+    assert all(np.array_equal(value, taught.state_dict()[name].numpy()) for name, value in weights("out").items())
+    about = json.loads((work / "out" / "interfuse.json").read_text())["run"]["inputs"]
+    assert "two.npz" in json.dumps(about)
+    wrong = student(models=[net("a", data={"test": "test.npz", "labels": False}), net("b")], data={"test": "test.npz"})
+    assert set(problems(wrong)) == {"models[0].data.train", "models[0].data.test", "models[0].data.labels"}
+
+
+def test_a_fusion_takes_its_networks_classes_for_its_own(work: Path) -> None:
+    """Their predictions are added to the head's, class by class: the order counts."""
+    recipes = {"three": ["owl", "cat", "dog"], "other": ["cat", "dog", "owl"]}
+    for (name, names), function in zip(recipes.items(), "ab", strict=True):
+        data = {"train": "train.npz", "classes": ["cat", "dog", "owl"]}
+        run({"models": [net(function)], "data": data, "training": {"epochs": 1}}, name, trust_code=True, progress=False)
+        about = json.loads(Path(name, "interfuse.json").read_text())
+        about["run"]["classes"] = names
+        Path(name, "interfuse.json").write_text(json.dumps(about))
+    recipe = {
+        "fusion": "mean",
+        "models": ["three", net("b")],
+        "data": {"train": "train-named.npz", "validation": 0.25, "test": "test-named.npz"},
+        "training": {"epochs": 1},
+    }
+    record = run(recipe, "one", trust_code=True, progress=False)
+    assert record.classes == ("owl", "cat", "dog")
+    model: Any = load_run("one", trust_code=True)
+    assert any(model.parents)
+    both = run({**recipe, "models": ["three", "other"]}, "both", trust_code=True, progress=False)
+    assert both.classes == ("cat", "dog", "owl")
+    assert both.notes == ("the predictions of three aren't added: their classes are in another order than the data's",)
+    model = load_run("both", trust_code=True)
+    assert not any(model.parents)
+    asked = {**recipe, "models": ["three", "other"], "parameters": {"residual": True}}
+    model = run(asked, "asked", trust_code=True, progress=False)
+    assert model.notes == ()

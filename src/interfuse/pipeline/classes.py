@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -24,11 +24,22 @@ from interfuse.recipe.outputs import written_classes
 @dataclass(frozen=True)
 class Spaces:
     """The models' class names. `own`: each model's, None where they are all the same and not written in the recipe;
-    `joined`: the result's, None where they aren't known; `note`: what was found out, for the record."""
+    `joined`: the result's, None where they aren't known; `note`: what was found out, for the record. `said`: what the
+    networks in a fusion of features say, whose head is learned in the data's own classes."""
 
     own: dict[str, tuple[str, ...]] | None = None
     joined: tuple[str, ...] | None = None
     note: str = ""
+    said: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def arrange(self, data: Data) -> Data:
+        """The data with its classes as the networks in a fusion have them, where all that know just these agree."""
+        orders = list(dict.fromkeys(space for space in self.said.values() if set(space) == set(data.classes or ())))
+        return data.named(orders[0]) if len(orders) == 1 else data
+
+    def otherwise(self, data: Data) -> list[str]:
+        """The networks that know just the data's classes, and have them in another order."""
+        return [n for n, space in self.said.items() if set(space) == set(data.classes or ()) and space != data.classes]
 
     def order(self, data: Data) -> Data:
         """The data with its class numbers in the joined order; a `DataError` for a class that is in no model.
@@ -47,15 +58,17 @@ UNNAMED = Spaces()
 
 
 def spaces_of(recipe: Recipe, networks: Mapping[str, nn.Module]) -> Spaces:
-    """The class names of an ensemble's members or a student's teachers; of other recipes none."""
+    """The class names of an ensemble's members, a student's teachers, or the networks in a fusion; of other recipes none."""
     names = names_of(recipe)
     written = written_classes(recipe, names)
     if written is not None:
         return Spaces(written, Labels.join(list(written.values())).names)
-    if recipe.form not in ("ensemble", "distill"):
+    if recipe.form not in ("ensemble", "distill", "fusion"):
         return UNNAMED
     said = {name: _said(entry.model, networks[name]) for name, entry in zip(names, recipe.models, strict=True)}
     own = {name: space for name, space in said.items() if space is not None}
+    if recipe.form == "fusion":
+        return Spaces(said=own)
     if len(own) < len(names):
         return UNNAMED
     joined = Labels.join(list(own.values())).names

@@ -15,13 +15,13 @@ from torch import nn
 
 from interfuse.checkpoints.source import open_checkpoint
 from interfuse.data import Data
-from interfuse.engine.merge import merge
 from interfuse.ensemble.network import Ensemble
 from interfuse.errors import ModelError, OptionError, Problem, UserError
 from interfuse.evaluation.metrics import interval, resampled
 from interfuse.inference.batches import first
 from interfuse.inference.features import default_folder
 from interfuse.inference.predict import predict
+from interfuse.merging import merge
 from interfuse.models import CODE, load_model, load_tokenizer
 from interfuse.modules.cross_stitch import CrossStitch
 from interfuse.modules.fused import ModelFusion
@@ -70,6 +70,8 @@ def run_networks(recipe: Recipe, folder: Path, *, trust_code: bool, device: str 
         try_networks(_reading(recipe, networks), next(iter(sets.values())))
     result = Result(assemble(recipe, networks, sets.get("train"), spaces), hashes=hashes, classes=_classes(sets, spaces))
     notes = [spaces.note] if spaces.note else []
+    if "train" in sets and recipe.form == "fusion" and (others := _aside(recipe, spaces, sets["train"])):
+        notes.append(f"the predictions of {', '.join(others)} aren't added: their classes are in another order than the data's")
     schedule = schedule_of(recipe)
     if "train" in sets and recipe.form in ("fusion", "single", "cross_stitch"):
         result.training = train(recipe, result.model, sets, place, progress=progress, schedule=schedule)
@@ -199,10 +201,15 @@ def assemble(
             freeze={name: entry.freeze is not False for name, entry in named.items()},
             inputs=reads_of(recipe, list(named)),
             copy=False,
-            **options,
+            **options | ({"residual": False} if data is not None and _aside(recipe, spaces, data) else {}),
         )
     model.references = tuple(None if is_saved(entry.model) else entry.model for entry in recipe.models)
     return model
+
+
+def _aside(recipe: Recipe, spaces: Spaces, data: Data) -> list[str]:
+    """The networks for whose sake a fusion adds no network's own predictions, unless the recipe asks for it."""
+    return [] if "residual" in recipe.parameters else spaces.otherwise(data)
 
 
 def merged_networks(recipe: Recipe, networks: Mapping[str, nn.Module]) -> nn.Module:
@@ -215,7 +222,7 @@ def merged_networks(recipe: Recipe, networks: Mapping[str, nn.Module]) -> nn.Mod
             own.setdefault(option, {})[name] = value
     options: dict[str, Any] = {**recipe.parameters, **own, "dtype": recipe.out_dtype or recipe.dtype, "seed": recipe.seed}
     options |= {"drop": recipe.drop, "keep": recipe.keep}
-    merged = merge(str(recipe.merge_method), experts, base=networks.get(BASE), **options)
+    merged = merge(str(recipe.merge_method), experts, base=networks.get(BASE), heads=recipe.heads, **options)
     assert isinstance(merged, nn.Module)
     return merged
 

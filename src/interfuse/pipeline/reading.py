@@ -13,6 +13,7 @@ from interfuse.data import Data, load_data
 from interfuse.errors import DataError, ModelError, Problem, UserError
 from interfuse.models import load_tokenizer
 from interfuse.pipeline.classes import UNNAMED, Spaces
+from interfuse.pipeline.lessons import has_own, lessons
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import names_of
 from interfuse.recipe.outputs import STUDENT
@@ -25,7 +26,7 @@ def load_sets(recipe: Recipe, *, trust_code: bool, merged: Path | None = None, s
 
     `merged` is the folder of the recipe's result, if there is one already. Class numbers are in the order of `spaces`.
     """
-    section = recipe.data
+    section = recipe.data if recipe.data is not None or not has_own(recipe) else DataSection()
     sets: dict[str, Data] = {}
     problems: list[Problem] = []
     if section is None:
@@ -40,6 +41,11 @@ def load_sets(recipe: Recipe, *, trust_code: bool, merged: Path | None = None, s
         options["labels"] = key == "test" or section.labels is not False
         try:
             sets[key] = in_order(source, section, known, spaces, trust_code=trust_code, path=f"data.{key}", **options)
+        except UserError as error:
+            problems += error.problems
+    if has_own(recipe):
+        try:
+            sets["train"] = lessons(recipe, sets.get("train"), spaces, trust_code=trust_code)
         except UserError as error:
             problems += error.problems
     if problems:
@@ -65,8 +71,9 @@ def in_order(
         return spaces.order(load_data(source, classes=section.classes, **options))
     if section.classes is not None:
         data = load_data(source, classes=section.classes, **options)
-        return data if classes is None else data.named(classes)
-    return load_data(source, classes=classes, **options)
+        return spaces.arrange(data) if classes is None else data.named(classes)
+    data = load_data(source, classes=classes, **options)
+    return spaces.arrange(data) if classes is None else data
 
 
 def alone(recipe: Recipe, *, trained: bool = False) -> Sequence[str]:

@@ -187,7 +187,7 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
 
 
 _IN_MERGES = (
-    *("base_model", "dtype", "out_dtype", "slices", "modules", "drop", "keep", "int8_mask"),
+    *("base_model", "dtype", "out_dtype", "slices", "modules", "drop", "keep", "heads", "int8_mask"),
     *("tokenizer_source", "tokenizer", "chat_template"),
 )
 
@@ -235,7 +235,7 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
         pass  # `learned_problems` looks at it
     elif (form == "merge" or recipe.fusion == "transplant") and (train is not None or validation is not None):
         yield Problem("data.train" if train is not None else "data.validation", "nothing is trained here", _REMOVE)
-    elif validation is not None and train is None:
+    elif validation is not None and train is None and not (form == "distill" and any(e.data for e in recipe.models)):
         yield Problem("data.validation", "stands without data.train", "give the data to train on")
     if recipe.training is not None and recipe.training.patience is not None and validation is None:
         yield Problem("training.patience", "stands without data.validation", "give validation data, or a share: 0.1")

@@ -23,8 +23,8 @@ _REMOVE = "remove the key"
 def layers_problems(recipe: Recipe, names: Sequence[str]) -> Iterator[Problem]:
     """What is wrong with a recipe of layers, and with data of a model's own in any other."""
     for i, entry in enumerate(recipe.models):
-        if entry.data is not None and recipe.fusion not in TASKS and not learns(recipe):
-            users = "fusion: share_trunk, fusion: tie or merge_method: adamerging"
+        if entry.data is not None and recipe.fusion not in (*TASKS, "distill") and not learns(recipe):
+            users = "fusion: share_trunk, tie or distill, or merge_method: adamerging"
             yield Problem(f"models[{i}].data", f"a model has its own only with {users}", "use `data`")
     if recipe.form != "layers":
         return

@@ -65,8 +65,10 @@ def _classes(classes: Any, names: Sequence[str]) -> Iterator[Problem]:
 def _distill(recipe: Recipe, names: Sequence[str]) -> Iterator[Problem]:
     if recipe.target is None:
         yield Problem("target", "missing", "the network that is taught: a folder, a hub id, or python:module:function")
-    if recipe.data is None or recipe.data.train is None:
+    own = [entry.data for entry in recipe.models]
+    if not any(own) and (recipe.data is None or recipe.data.train is None):
         yield Problem("data.train", "missing", "the target is trained: give the data to train on, with or without labels")
+    yield from _own_data(recipe)
     for i, name in enumerate(names):
         if name == STUDENT:
             yield Problem(f"models[{i}].name", f"{name!r} is what the target is called", "choose another")
@@ -84,6 +86,18 @@ def _distill(recipe: Recipe, names: Sequence[str]) -> Iterator[Problem]:
     ):
         if section.get(key):
             yield Problem(path, "means nothing for data without labels", "remove the key, or give labels")
+
+
+def _own_data(recipe: Recipe) -> Iterator[Problem]:
+    """What teachers' own data can't be: all of it is one training set."""
+    for i, entry in enumerate(recipe.models):
+        if entry.data is None:
+            continue
+        if entry.data.train is None:
+            yield Problem(f"models[{i}].data.train", "missing", "what is taught on: a teacher's own training data")
+        for key in ("validation", "test", "labels", "input", "seed"):
+            if getattr(entry.data, key) is not None:
+                yield Problem(f"models[{i}].data.{key}", "holds for all teachers", "give it under the recipe's `data`")
 
 
 def _hints(recipe: Recipe, names: Sequence[str]) -> Iterator[Problem]:
