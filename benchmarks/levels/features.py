@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from benchmarks.levels.bench import Bench, Made, Row
 from benchmarks.levels.networks import PLACES
@@ -12,19 +12,22 @@ import interfuse as itf
 
 LEVEL = "features"
 KINDS = ("concat", "attention", "gate", "shared", "transformer", "weighted")
-RATES, EPOCHS = (1e-4, 1e-3), 10
+EPOCHS = 10
+#: Whether the parents' own predictions are added to the head's, and the learning rate: of these validation chooses.
+CHOICES = ((True, 1e-4), (True, 1e-3), (False, 1e-3))
+PLAIN = ((False, 1e-4), (False, 1e-3))
 
 
 def fusions(bench: Bench) -> Iterator[Row]:
-    """Every kind that starts from the parents' own predictions, and plain concatenation, which doesn't."""
-    yield bench.row("baselines", "concat without the parents' predictions", _fused(bench, "concat", residual=False))
+    """Every kind, and as a baseline concatenation without the parents' predictions, as it is done everywhere."""
+    yield bench.row("baselines", "concat without the parents' predictions", _fused(bench, "concat", PLAIN))
     for kind in KINDS:
-        yield bench.row(LEVEL, kind, _fused(bench, kind))
+        yield bench.row(LEVEL, kind, _fused(bench, kind, CHOICES))
 
 
-def _fused(bench: Bench, kind: str, *, residual: bool = True) -> Made:
-    """Of the learning rates the one that is better on validation."""
-    tried = [_at(bench, kind, residual, rate) for rate in RATES]
+def _fused(bench: Bench, kind: str, choices: Sequence[tuple[bool, float]]) -> Made:
+    """The choice that is best on validation."""
+    tried = [_at(bench, kind, residual, rate) for residual, rate in choices]
     return max(tried, key=lambda made: bench.rank(bench.predicted(made, "validation")))
 
 
@@ -38,8 +41,8 @@ def _at(bench: Bench, kind: str, residual: bool, rate: float) -> Made:
 
     def train(network: nn.Module) -> str:
         record = bench.fit(network, epochs=EPOCHS, rate=rate, cache=bench.cache / "features")
-        start = f", from {bench.names[int(record.start[-1])] if record.start[-1:].isdigit() else record.start}"
-        return f"learning rate {rate:g}, epoch {record.best_epoch}" + (start if record.start else "")
+        start = bench.names[int(record.start[-1])] if record.start[-1:].isdigit() else record.start
+        return f"learning rate {rate:g}, epoch {record.best_epoch}, {f'from {start}' if start else 'from nothing'}"
 
     return bench.trained(fusion, spec, train, *bench.parents.values())
 
