@@ -271,7 +271,7 @@ def _description(path: Path) -> dict[str, Any]:
 def _single(folder: Path, about: dict[str, Any], models: Any, trust_code: bool) -> nn.Module:
     """The one network that a folder holds: the one given, filled, or what its config or its parts make, filled."""
     if about.get("parts") and not isinstance(models, nn.Module):
-        models = made_again(about["made"], _given(about["parts"], models, trust_code))
+        models = made_again(about, _given(about["parts"], models, trust_code))
     if isinstance(models, nn.Module):
         if about["kind"] == "network":
             _fill(models, open_checkpoint(folder / TENSORS), about["shared"])

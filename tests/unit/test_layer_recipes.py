@@ -317,6 +317,8 @@ def test_tasks_of_texts_share_a_trunk_that_loads_by_itself(work: Path) -> None:
     assert list(record.tasks["topic"]["classes"]) == ["film", "book", "song"]
     alone: Any = itf.load("out")
     same(alone, load_run("out"))
+    itf.save(alone, "kept")
+    same(itf.load("kept"), alone)
     data = load_data("t.csv", input="text", target="topic", classes=["film", "book", "song"])
     found = itf.predict(alone.network("topic"), data.tokenize(load_tokenizer("topic")), progress=False)
     assert found.targets is not None

@@ -119,6 +119,14 @@ def test_growth_changes_nothing_that_the_network_computes(work: Path) -> None:
     torch.testing.assert_close(load_run("out", trust_code=True)(x), net().eval()(x), rtol=0, atol=1e-5)
 
 
+def test_a_target_grows_and_learns_without_models_to_copy_from(work: Path) -> None:
+    recipe = staged(stages=[{"grow": {"deeper": ["3"]}}])
+    del recipe["models"]
+    record = run(recipe, "out", trust_code=True, progress=False)
+    assert record.title() == "stages"
+    assert len(list(load_run("out", trust_code=True))) == 7  # type: ignore[call-overload]
+
+
 def test_a_stage_trains_on_data_of_its_own(work: Path) -> None:
     own = staged(stages=[{"data": {"train": "later.npz"}}])
     run(own, "own", trust_code=True, progress=False)

@@ -43,7 +43,8 @@ _LAYERS = {"share_trunk": "shared trunk of ", "tie": "tied layers of ", "stitch"
 class RunRecord:
     """What was run and what came of it.
 
-    out: the folder, None in a dry run. form: fusion, layers, cross_stitch, ensemble, distill, merge or single; method: its name, "" for a model alone.
+    out: the folder, None in a dry run. form: fusion, layers, cross_stitch, ensemble, distill, merge or single; method: its
+    name, "" for a model alone.
     plan: what was, or would be, done: of a merge of files as data (docs/recipes.md), else as text; here: what such a merge
     would take of this machine, in a dry run. inputs: models and data sets with SHA-256 hashes, where they have one.
     training: `FitRecord` as a dict. test: metric, value, low and high (95% bootstrap interval), examples; of a fusion with
@@ -101,6 +102,8 @@ class RunRecord:
     def title(self) -> str:
         """`attention fusion of cnn and vit`."""
         names = listed(self.models)
+        if self.form == "layers" and not names:
+            return self.method
         if self.form == "layers":
             return _LAYERS.get(self.method, f"{self.method} from ") + names
         what = {"fusion": f"{self.method} fusion of ", "merge": f"{self.method} merge of ", "ensemble": "ensemble of "}

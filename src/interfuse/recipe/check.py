@@ -158,7 +158,11 @@ def _shape(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("models", f"{count} models and no word on how to fuse them", allowed)
     elif recipe.form == "merge" and len(given) > 1:
         yield Problem(given[1], f"stands beside {given[0]}", f"keep one of {', '.join(_SOURCES)}")
-    elif count < 1 and (recipe.form != "merge" or (recipe.slices is None and recipe.modules is None)):
+    elif (
+        count < 1
+        and recipe.fusion != "stages"
+        and (recipe.form != "merge" or (recipe.slices is None and recipe.modules is None))
+    ):
         yield Problem("models", "none given", "at least 1")
     first: dict[str, int] = {}
     for i, entry in enumerate(recipe.models):

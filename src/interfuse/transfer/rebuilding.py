@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -54,8 +54,15 @@ def _parts(model: nn.Module, networks: nn.ModuleList) -> list[dict[str, Any]]:
     ]
 
 
-def made_again(made: Mapping[str, Any], parts: Mapping[str, nn.Module]) -> nn.Module:
-    """The network of these parts, which become part of it where they can; its weights are whatever they are."""
+def made_again(about: Mapping[str, Any], parts: Mapping[str, nn.Module]) -> nn.Module:
+    """The network that `told` told of, of these parts, which become part of it where they can; its weights are whatever they
+    are."""
+    result: Any = _made(about["made"], parts)
+    result.references = tuple(part["reference"] for part in about["parts"])
+    return cast(nn.Module, result)
+
+
+def _made(made: Mapping[str, Any], parts: Mapping[str, nn.Module]) -> nn.Module:
     if made["by"] == "share_trunk":
         first = next(iter(parts.values()))
         trunk = Trunk(tuple(made["modules"]), tuple(made["parameters"]))
