@@ -97,7 +97,7 @@ def test_every_problem_is_a_line_on_standard_error(capsys: Capture, tmp_path: Pa
         ["nosuch"],
         ["compare", "out"],
         ["run", "none.yaml", "out"],
-        ["methods", "tie"],
+        ["methods", "tiez"],
         ["methods", "--level", "weight"],
     ],
 )
