@@ -150,11 +150,12 @@ def test_a_killed_run_goes_on_in_its_stage_to_the_same_weights(work: Path) -> No
     recipe = staged(target="python:stagenets:fatal")
     (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     run("recipe.yaml", "whole", trust_code=True, progress=False)
-    at = 1 * 3 + 1 * 3 + 3 + 1  # in the second epoch of the last stage, of 3 batches each
-    assert killed(work, at) == -signal.SIGKILL
+    assert killed(work, 3 + 3 + 2) == -signal.SIGKILL  # in the first epoch of the last stage; each has 3 batches
     part = work / ".out.interfuse-part"
     kept = json.loads(next((part / ".stages").glob("*/stages.json")).read_text())
     assert kept["done"] == 2
+    assert killed(work, 3 + 1, "--resume") == -signal.SIGKILL  # in its second epoch
+    assert next((part / ".stages").glob("*/running-2/last.ckpt")).exists()
     (part / "left").mkdir()
     record = run("recipe.yaml", "out", trust_code=True, resume=True, progress=False)
     assert not part.exists()
