@@ -20,7 +20,7 @@ from interfuse.cli import main
 from interfuse.data import load_data
 from interfuse.errors import ModelError, RecipeError
 from interfuse.models import load_model
-from interfuse.pipeline import check, load_run, run
+from interfuse.pipeline import check, load_run, run, verify
 from interfuse.training.coefficients import learn_coefficients
 
 NETS = """
@@ -219,6 +219,7 @@ def test_transformers_folders_are_merged_from_file_to_file(work: Path) -> None:
     transformers.AutoModelForSequenceClassification.from_pretrained("out")
     run("out/recipe.yaml", "again", progress=False)
     assert (work / "again" / "model.safetensors").read_bytes() == (work / "out" / "model.safetensors").read_bytes()
+    assert verify("out", again=True, progress=False).good
     plain = yaml.safe_load((work / "out" / "recipe.yaml").read_text())
     assert len(plain["models"][0]["parameters"]["weight"]) == 4  # before, two layers, after
     bare = run(
