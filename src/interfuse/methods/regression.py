@@ -130,21 +130,25 @@ def _row_covariance(delta: Array) -> Array:
 
 
 def _descend(deltas: Array, weights: Sequence[float], steps: int, learning_rate: float) -> Array:
-    """Adam on sum w_i |(D - D_i) D_i'|^2 / |D_i|^2 from sum w_i D_i, with the usual constants."""
+    """Adam on sum w_i |(D - D_i) D_i'|^2 / |D_i|^2 from sum w_i D_i, with the usual constants.
+
+    What moves is the way from the start, whose slope is found in float64: where it is 0 Adam would take rounding for a slope,
+    and go full steps by it.
+    """
     xp = namespace(deltas)
     _mean(deltas, weights)  # the same weights are refused
+    start = sum(weight * wide(delta) for delta, weight in zip(deltas, weights, strict=True))
     total: Array = 0.0
-    moment: Array = 0.0
-    start: Array = 0.0
+    slope: Array = 0.0
     for delta, weight in zip(deltas, weights, strict=True):
         gram = _directed(delta)
-        total, moment = total + weight * gram, moment + weight * (wide(delta) @ gram)
-        start = start + weight * wide(delta)
-    merged, total, moment = (like(array, deltas) for array in (start, total, moment))
-    first, second = merged * 0, merged * 0
+        total = total + weight * gram
+        slope = slope + weight * ((start - wide(delta)) @ gram)
+    total, at_start = like(total, deltas), like(slope, deltas)
+    way, first, second = at_start * 0, at_start * 0, at_start * 0
     for step in range(1, steps + 1):
-        slope = 2 * (merged @ total - moment)
+        slope = 2 * (way @ total + at_start)
         first = 0.9 * first + 0.1 * slope
         second = 0.999 * second + 0.001 * slope**2
-        merged = merged - learning_rate * (first / (1 - 0.9**step)) / (xp.sqrt(second / (1 - 0.999**step)) + 1e-8)
-    return wide(merged)
+        way = way - learning_rate * (first / (1 - 0.9**step)) / (xp.sqrt(second / (1 - 0.999**step)) + 1e-8)
+    return start + wide(way)
