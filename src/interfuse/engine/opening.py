@@ -66,7 +66,7 @@ def commits_of(sources: Sequence[Mapping[str, Any]], asked: Sequence[Reference])
     `asked` are the recipe's references. A repository that is asked for in several revisions has its commits in their order;
     where their numbers differ, as of a branch and a tag with one commit among three, it's left out.
     """
-    parts = [part for ref in asked for part in ((ref.path, ref.revision), (ref.lora, ref.lora_revision)) if part[0] is not None]
+    parts = [(repo, at) for r in asked for repo, at in ((r.path, r.revision), (r.lora, r.lora_revision)) if repo is not None]
     origins = [origin.rpartition("@") for source in sources for origin in source.get("origins", ()) if "://" not in origin]
     found: dict[tuple[str, str | None], str] = {}
     for repo in dict.fromkeys(repo for repo, _, _ in origins):
