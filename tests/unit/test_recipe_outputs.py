@@ -209,6 +209,17 @@ def test_a_dry_run_says_what_would_be_done(work: Path, capsys: pytest.CaptureFix
     assert "parameters.combin: unknown option; did you mean 'combine'?" in capsys.readouterr().err
 
 
+def test_a_student_may_itself_be_made_of_networks(work: Path) -> None:
+    small = {**student(), "fusion": "mean", "models": [net("student"), net("b")]}
+    del small["target"]
+    run(small, "fused", trust_code=True, progress=False)
+    record = run(student(models=[net("a")], target="fused"), "out", trust_code=True, progress=False)
+    assert record.test is not None
+    found = predict(load_run("out", trust_code=True), load_data("test.npz"), progress=False)
+    assert found.targets is not None
+    assert record.test["value"] == pytest.approx(float((found.outputs.argmax(1) == found.targets).double().mean()))
+
+
 # --- classes ---
 
 SPACES = {"two": ["cat", "dog"], "pair": ["owl", "dog"]}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from interfuse.checkpoints.adapters.pairs import is_adapter
-from interfuse.errors import CheckpointError, ModelError, Problem
+from interfuse.checkpoints.tasks import holds_networks, split_task
+from interfuse.errors import CheckpointError, ModelError, Problem, nearest
 from interfuse.pipeline.record import DESCRIPTION, RECIPE
 from interfuse.recipe import load_recipe
 from interfuse.recipe.check import names_of
@@ -32,7 +33,31 @@ def description(folder: str | Path) -> dict[str, Any]:
 
 def is_saved(ref: str) -> bool:
     """Whether `ref` is a folder whose network takes more than `load_model` to build: a fusion, or one made by code."""
-    return description(ref).get("kind") in ("fusion", "ensemble", "network")
+    return split_network(ref) is not None or description(ref).get("kind") in ("fusion", "ensemble", "network")
+
+
+def split_network(ref: str) -> tuple[Path, str] | None:
+    """The folder and the task of `OUT#TASK` where networks that share layers are in `OUT`; None for any other reference."""
+    found = split_task(ref)
+    return found if found is not None and holds_networks(found[0]) else None
+
+
+def home_of(ref: str) -> str:
+    """Where a network's tokenizer lies: for `OUT#TASK` with the model that it was made of."""
+    found = split_network(ref)
+    if found is None or not (found[0] / RECIPE).is_file():
+        return ref
+    recipe = load_recipe(found[0] / RECIPE)
+    entries = dict(zip(names_of(recipe), recipe.models, strict=True))
+    return home_of(entries[found[1]].model) if found[1] in entries else ref
+
+
+def classes_of(ref: str) -> tuple[str, ...] | None:
+    """The classes that `OUT#TASK` learned, in the order of its outputs, where it's known."""
+    found = split_network(ref)
+    tasks = {} if found is None else description(found[0]).get("run", {}).get("tasks") or {}
+    classes = None if found is None else tasks.get(found[1], {}).get("classes")
+    return tuple(classes) if classes else None
 
 
 def load_network(entry: ModelEntry, *, trust_code: bool) -> nn.Module:
@@ -43,7 +68,13 @@ def load_network(entry: ModelEntry, *, trust_code: bool) -> nn.Module:
         return load_model(entry.model, weights=entry.weights, trust_code=trust_code)
     if entry.weights is not None:
         raise ModelError(Problem(entry.model, "already has its weights", "remove `weights`"))
-    return load_run(entry.model, trust_code=trust_code)
+    found = split_network(entry.model)
+    if found is None:
+        return load_run(entry.model, trust_code=trust_code)
+    whole: Any = load_run(found[0], trust_code=trust_code)
+    if found[1] not in whole.names:
+        raise ModelError(Problem(entry.model, f"has no task {found[1]!r}", nearest(found[1], whole.names)))
+    return cast("nn.Module", whole.network(found[1]))
 
 
 def load_run(folder: str | Path, *, trust_code: bool = False) -> nn.Module:
@@ -64,9 +95,13 @@ def load_run(folder: str | Path, *, trust_code: bool = False) -> nn.Module:
     if not (Path(folder) / RECIPE).is_file():
         return load(folder, trust_code=trust_code)
     recipe = load_recipe(Path(folder) / RECIPE)
+    made_of_others = about.get("parts") or about.get("kind") in ("fusion", "ensemble")
+    if recipe.form in ("single", "distill") and made_of_others:  # trained further, or taught: its members are its own
+        whole: Any = load_network(ModelEntry(model=recipe.target or recipe.models[0].model), trust_code=trust_code)
+        return load(folder, dict(zip(whole.names, whole.backbones, strict=True)), trust_code=trust_code)
     if about.get("parts"):
-        parts = dict(zip(names_of(recipe), recipe.models, strict=True))
-        networks = {name: load_network(_plain(entry), trust_code=trust_code) for name, entry in parts.items()}
+        entries, parts = dict(zip(names_of(recipe), recipe.models, strict=True)), [part["name"] for part in about["parts"]]
+        networks = {name: load_network(_plain(entries[name]), trust_code=trust_code) for name in parts}
         return load(folder, networks, trust_code=trust_code)
     if about.get("kind") == "network":
         first = next((ModelEntry(model=ref) for ref in recipe.beside.values()), None) or recipe.models[0]
@@ -94,6 +129,8 @@ def _plain(entry: ModelEntry) -> ModelEntry:
 
 def code_of(folder: str | Path) -> list[str]:
     """The `python:` references that are called when the network of an output folder is built again."""
+    found = split_network(str(folder))
+    folder = folder if found is None else found[0]
     if not is_saved(str(folder)) or not (Path(folder) / RECIPE).is_file():
         return []
     recipe = load_recipe(Path(folder) / RECIPE)
