@@ -329,6 +329,18 @@ def test_gradients_of_inputs_go_through_one_pass(passes: list[int]) -> None:
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("error", "kept"), [(1e-7, True), (1e-4, False)])
+def test_one_pass_that_gives_other_outputs_is_not_used(error: float, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock(monkeypatch, True)
+    plain = batched.Batched._pass
+    monkeypatch.setattr(batched.Batched, "_pass", lambda *given: [output + error for output in plain(*given)])
+    model = ensemble()
+    for _ in range(3):
+        torch.testing.assert_close(model(X), expected(model), atol=1e-6, rtol=0)
+    assert model.one_pass.reason == ("" if kept else "one pass gives other outputs")
+    assert (model.held > 0) is kept
+
+
 def test_the_stack_is_made_only_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     clock(monkeypatch, True)
     monkeypatch.setattr(batched, "_free", lambda device: 100)
