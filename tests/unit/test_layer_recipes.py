@@ -17,9 +17,9 @@ from torch import nn
 import interfuse as itf
 from interfuse.cli import main
 from interfuse.data import load_data
-from interfuse.errors import DataError, ModelError, RecipeError
+from interfuse.errors import DataError, ModelError, RecipeError, UserError
 from interfuse.models import load_tokenizer
-from interfuse.pipeline import load_run, run
+from interfuse.pipeline import compare_runs, load_run, run
 
 NETS = """
 import torch
@@ -281,6 +281,24 @@ def test_the_plan_says_what_would_be_done(work: Path) -> None:
     assert not (work / "out").exists()
 
 
+def test_one_task_of_an_output_is_a_model(work: Path) -> None:
+    run(trunk(parameters={"depth": 3}, data={"test": "test.npz"}), "out", trust_code=True, progress=False)
+    shared: Any = load_run("out", trust_code=True)
+    recipe = {"models": ["./out#first"], "data": {"test": "test.npz", "target": "first"}}
+    record = run(recipe, "again", trust_code=True, progress=False)
+    assert record.test is not None
+    assert record.test["value"] == pytest.approx(accuracy(shared.network("first"), "first"))
+    same(load_run("again", trust_code=True), shared.network("first"))
+    with pytest.raises(RecipeError, match=r"is built by python:layernets:net, python:layernets:other, which runs code"):
+        run(recipe, "never")
+    with pytest.raises(ModelError, match="has no task 'frist'; did you mean 'first'"):
+        run(recipe | {"models": ["./out#frist"]}, "never", trust_code=True, progress=False)
+    with pytest.raises(UserError, match="would replace the input"):
+        run(recipe, "out", trust_code=True, overwrite=True, progress=False)
+    table = compare_runs(["out#first", "again"], "test.npz", trust_code=True, progress=False)
+    assert table["out#first"].score.value == table["again"].score.value
+
+
 def bert(folder: Path, seed: int, labels: list[str]) -> None:
     """A small classifier of texts that Transformers loads, with a tokenizer and its classes' names."""
     transformers = pytest.importorskip("transformers")
@@ -324,4 +342,8 @@ def test_tasks_of_texts_share_a_trunk_that_loads_by_itself(work: Path) -> None:
     assert found.targets is not None
     expected = float((found.outputs.argmax(1) == found.targets).double().mean())
     assert record.tasks["topic"]["test"]["value"] == pytest.approx(expected)
+    single = {"models": ["out#topic"], "data": {"test": "t.csv", "input": "text", "target": "topic"}}
+    again = run(single, "again", progress=False)
+    assert again.test is not None
+    assert again.test["value"] == pytest.approx(expected)
     assert set(alone({"input_ids": torch.ones(1, 3, dtype=torch.long)})) == {"mood", "topic"}

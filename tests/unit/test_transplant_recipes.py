@@ -106,7 +106,8 @@ def test_it_is_verified_and_what_differs_is_found(work: Path) -> None:
     save_file(source, work / "source" / "model.safetensors")
     wrong = [check for check in verify("out", again=True, progress=False).checks if check.good is False]
     assert {(check.what, check.name) for check in wrong} == {("inputs", str(work / "source")), ("again", "layers.0.weight")}
-    save_file({"embed_tokens.weight": source["embed_tokens.weight"]}, work / "source" / "model.safetensors")
+    more = {f"layers.{i}.weight": source["layers.0.weight"] for i in (2, 3)}
+    save_file(source | more, work / "source" / "model.safetensors")  # now every layer of the target is given one
     assert ("recipe", "interfuse.json") in {(c.what, c.name) for c in verify("out", progress=False).checks if c.good is False}
 
 
@@ -140,9 +141,10 @@ def test_tokenizers_of_other_folders(work: Path) -> None:
     run(recipe(), "out", progress=False)
     (work / "elsewhere").mkdir()
     (work / "target" / "tokenizer.json").rename(work / "elsewhere" / "tokenizer.json")
-    (work / "r.yaml").write_text(json.dumps(recipe(vocabulary={"target": "./elsewhere"})))
     (work / "sub").mkdir()
-    run(work / "r.yaml", "named", progress=False)
+    asked = recipe(vocabulary={"target": "../elsewhere"}) | {"target": "../target", "models": ["../source"]}
+    (work / "sub" / "r.yaml").write_text(json.dumps(asked))
+    run("sub/r.yaml", "named", progress=False)
     assert all(np.array_equal(value, values("named")[name]) for name, value in values("out").items())
 
 

@@ -1,19 +1,26 @@
-"""Several tasks' models in one folder: a trunk that is a model as any other, and for each task a bit an element and a number.
+"""Several tasks' models in one folder: a trunk that is a model as any other, and for each task a bit an element and a number,
 
     OUT/model.safetensors              the trunk
     OUT/tasks/tasks.json               version 1: the base, each task's scale, each masked tensor's name and hash in the base
     OUT/tasks/NAME/mask.safetensors    U8 [ceil(n / 8)] for each masked tensor: elements in row-major order, lowest bit first
 
-A task's tensor is base + scale (trunk - base) where its bit is 1, and the base elsewhere; one without a mask is the trunk's.
-The base isn't copied: it's opened where it lies, and must be the one that it was. `OUT#NAME` names a task's model wherever a
-checkpoint is named. Sources: EMR-Merging, https://arxiv.org/abs/2405.17461; TALL masks, https://arxiv.org/abs/2405.07813.
+or, of models with different heads, each task's own head, and the config of its model if it has one:
+
+    OUT/tasks/tasks.json               version 2: the names of the trunk's tensors that all tasks have, and of each one's head
+    OUT/tasks/NAME/head.safetensors    the tensors of that head, as they were
+    OUT/tasks/NAME/config.json
+
+With masks, a task's tensor is base + scale (trunk - base) where its bit is 1, and the base elsewhere; one without a mask is
+the trunk's. The base isn't copied: it's opened where it lies, and must be the one that it was. `OUT#NAME` names a task's
+model wherever a checkpoint is named. Sources: EMR-Merging, https://arxiv.org/abs/2405.17461; TALL masks,
+https://arxiv.org/abs/2405.07813.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +32,8 @@ from interfuse.checkpoints.remote.headers import open_anywhere
 from interfuse.checkpoints.source import Checkpoint, TensorSpec, hash_block, hash_blocks, open_checkpoint
 from interfuse.errors import CheckpointError, Problem, nearest
 
-FOLDER, TABLE, MASK = "tasks", "tasks.json", "mask.safetensors"
-VERSION = 1
+FOLDER, TABLE, MASK, HEAD = "tasks", "tasks.json", "mask.safetensors", "head.safetensors"
+MASKS, HEADS = 1, 2  # versions
 
 
 def split_task(ref: str | Path) -> tuple[Path, str] | None:
@@ -34,10 +41,20 @@ def split_task(ref: str | Path) -> tuple[Path, str] | None:
     folder, sign, task = str(ref).rpartition("#")
     here = Path(folder).expanduser()
     try:
-        found = bool(sign and folder and task) and not Path(ref).exists() and (here / FOLDER / TABLE).is_file()
+        plausible = bool(sign and folder and task) and not Path(ref).exists()
+        found = plausible and ((here / FOLDER / TABLE).is_file() or holds_networks(here))
     except (OSError, ValueError):  # too long, or a null character: not a path here
         return None
     return (here, task) if found else None
+
+
+def holds_networks(folder: Path) -> bool:
+    """Whether a run has put networks of several tasks there that share layers: those are built again, not opened."""
+    try:
+        about = json.loads((folder / "interfuse.json").read_text(encoding="utf-8"))
+        return bool(about["made"]["by"] in ("share_trunk", "tie"))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def on_disk(ref: str | Path) -> Path | None:
@@ -64,6 +81,8 @@ def open_task(folder: str | Path, task: str, base: str | Path | Checkpoint | Non
     about = read_tasks(folder)
     if task not in about["tasks"]:
         raise CheckpointError(Problem(str(folder), f"has no task {task!r}", nearest(task, about["tasks"])))
+    if about["version"] == HEADS:
+        return _with_head(folder, task, about)
     trunk, masks = open_checkpoint(folder), open_checkpoint(Path(folder) / FOLDER / task / MASK)
     root = _base(folder, about["base"], base)
     wrong = [
@@ -82,6 +101,32 @@ def open_task(folder: str | Path, task: str, base: str | Path | Checkpoint | Non
     return replace(trunk, name=name, places={**trunk.places, **places}, within=(trunk, root, masks))
 
 
+def _with_head(folder: str | Path, task: str, about: Mapping[str, Any]) -> Checkpoint:
+    """The trunk with one task's head."""
+    own = Path(folder) / FOLDER / task
+    trunk, head = open_checkpoint(folder), open_checkpoint(own / HEAD)
+    try:
+        names, expected = list(about["trunk"]), list(about["tasks"][task]["head"])
+    except (KeyError, TypeError):
+        table = str(Path(folder) / FOLDER / TABLE)
+        raise CheckpointError(Problem(table, "isn't a list of tasks with heads", "make the folder again")) from None
+    wrong = [name for name in names if name not in trunk.specs] + [name for name in expected if name not in head.specs]
+    if wrong:
+        said = [f"tensor {name!r} of task {task!r} is missing" for name in wrong]
+        raise CheckpointError(*(Problem(str(folder), line, "make the folder again") for line in said))
+    specs = {name: trunk.specs[name] for name in names} | {name: head.specs[name] for name in expected}
+    places = {name: (head if name in head.specs else trunk).places[name] for name in specs}
+    config = own / "config.json"
+    beside = {**trunk.beside, "config.json": config.read_bytes()} if config.is_file() else trunk.beside
+    return replace(trunk, name=f"{folder}#{task}", specs=specs, places=places, within=(trunk, head), beside=beside)
+
+
+def config_folder(folder: str | Path, task: str) -> Path | None:
+    """Where a task's own config is, for tasks with heads; None where the trunk's holds for all."""
+    found = Path(folder) / FOLDER / task
+    return found if (found / HEAD).is_file() and (found / "config.json").is_file() else None
+
+
 def read_tasks(folder: str | Path) -> dict[str, Any]:
     """What a folder's `tasks.json` says; one that is missing, damaged or of another version is a `CheckpointError`."""
     path = Path(folder) / FOLDER / TABLE
@@ -89,12 +134,12 @@ def read_tasks(folder: str | Path) -> dict[str, Any]:
         about = json.loads(path.read_text(encoding="utf-8"))
         version = about["version"]
     except FileNotFoundError:
-        allowed = "merge with output: per_task, which emr and consensus have"
+        allowed = "merge with heads: separate, or with output: per_task, which emr and consensus have"
         raise CheckpointError(Problem(str(folder), "holds no tasks", allowed)) from None
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(Problem(str(path), "isn't a list of tasks", "make the folder again")) from None
-    if version != VERSION:
-        raise CheckpointError(Problem(str(path), f"is of version {version!r}", f"this interfuse reads version {VERSION}"))
+    if version not in (MASKS, HEADS):
+        raise CheckpointError(Problem(str(path), f"is of version {version!r}", f"this interfuse reads {MASKS} and {HEADS}"))
     found: dict[str, Any] = about
     return found
 
@@ -107,12 +152,19 @@ def task_table(
 ) -> str:
     """The content of `tasks.json`: a base's path or id and revision, task -> scale, tensor -> its name and hash in the base."""
     about = {
-        "version": VERSION,
+        "version": MASKS,
         "method": method,
         "base": {"model": base[0], "revision": base[1]},
         "tasks": {task: {"scale": scale} for task, scale in scales.items()},
         "tensors": {name: [in_base, known.hex()] for name, (in_base, known) in tensors.items()},
     }
+    return json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+
+
+def heads_table(method: str, trunk: Sequence[str], heads: Mapping[str, Sequence[str]]) -> str:
+    """The content of `tasks.json` for tasks with heads: what all have of the trunk, and task -> the names of its head."""
+    tasks = {task: {"head": list(names)} for task, names in heads.items()}
+    about = {"version": HEADS, "method": method, "trunk": list(trunk), "tasks": tasks}
     return json.dumps(about, indent=1, ensure_ascii=False) + "\n"
 
 

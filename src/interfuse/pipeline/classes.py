@@ -15,7 +15,7 @@ from torch import nn
 
 from interfuse.data import Data
 from interfuse.ensemble.combine import Labels
-from interfuse.pipeline.finished import description
+from interfuse.pipeline.finished import classes_of, description
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import names_of
 from interfuse.recipe.outputs import written_classes
@@ -58,11 +58,13 @@ UNNAMED = Spaces()
 
 
 def spaces_of(recipe: Recipe, networks: Mapping[str, nn.Module]) -> Spaces:
-    """The class names of an ensemble's members, a student's teachers, or the networks in a fusion; of other recipes none."""
+    """The class names of an ensemble's members, a student's teachers, the networks in a fusion, or a network alone."""
     names = names_of(recipe)
     written = written_classes(recipe, names)
     if written is not None:
         return Spaces(written, Labels.join(list(written.values())).names)
+    if recipe.form == "single":
+        return space_of(recipe.models[0].model, networks[names[0]])
     if recipe.form not in ("ensemble", "distill", "fusion"):
         return UNNAMED
     said = {name: _said(entry.model, networks[name]) for name, entry in zip(names, recipe.models, strict=True)}
@@ -85,7 +87,7 @@ def space_of(reference: str, network: nn.Module) -> Spaces:
 
 def _said(reference: str, network: nn.Module) -> tuple[str, ...] | None:
     """What a network says its classes are called, in the order of its outputs; None for numbers, which are no names."""
-    recorded = description(reference).get("run", {}).get("classes")
+    recorded = classes_of(reference) or description(reference).get("run", {}).get("classes")
     config = getattr(network, "config", None)
     labels = getattr(config, "id2label", None)
     if recorded:

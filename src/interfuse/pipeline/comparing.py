@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interfuse.errors import DataError, ModelError, OptionError, Problem, UserError
-from interfuse.pipeline.finished import description, load_network, load_run
+from interfuse.pipeline.finished import classes_of, description, load_network, load_run
 from interfuse.pipeline.record import DESCRIPTION, RECIPE
 from interfuse.recipe import Recipe, load_recipe
 from interfuse.recipe.check import source_problems
@@ -128,7 +128,8 @@ def _open(reference: str, trust_code: bool, device: str | None, progress: bool) 
     if (Path(reference) / DESCRIPTION).is_file():
         return _finished(reference, Path(reference), trust_code)
     entry = ModelEntry(model=reference)
-    return _Entry(reference, load_network(entry, trust_code=trust_code), Recipe(models=[entry]), None, {})
+    network = load_network(entry, trust_code=trust_code)
+    return _Entry(reference, network, Recipe(models=[entry]), classes_of(reference), {})
 
 
 def _finished(reference: str, folder: Path, trust_code: bool) -> _Entry:

@@ -13,6 +13,7 @@ from interfuse.data import Data, load_data
 from interfuse.errors import DataError, ModelError, Problem, UserError
 from interfuse.models import load_tokenizer
 from interfuse.pipeline.classes import UNNAMED, Spaces
+from interfuse.pipeline.finished import home_of
 from interfuse.pipeline.lessons import has_own, lessons
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import names_of
@@ -103,7 +104,7 @@ def load_tokenizers(recipe: Recipe, result: Path | None = None) -> Any:
         return made
     entries = {"": reference_of(recipe)} if single else dict(zip(names_of(recipe), recipe.models, strict=True))
     entries |= {STUDENT: reference_of(recipe)} if recipe.form == "distill" else {}
-    found = {name: load_tokenizer(entry.model) for name, entry in entries.items()}
+    found = {name: load_tokenizer(home_of(entry.model)) for name, entry in entries.items()}
     missing = [name for name, tokenizer in found.items() if tokenizer is None]
     if missing and text is None:
         allowed = "a model with its tokenizer in its folder, or data of numbers"
