@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from interfuse.data import load_data as load_data
     from interfuse.engine.adapters.extract import extract_lora as extract_lora
-    from interfuse.engine.merge import merge as merge
     from interfuse.engine.task_model import task_model as task_model
     from interfuse.ensemble.calibrate import calibrate as calibrate
     from interfuse.ensemble.network import Ensemble as Ensemble
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from interfuse.exporting import export as export
     from interfuse.hub import push_to_hub as push_to_hub
     from interfuse.inference.predict import predict as predict
+    from interfuse.merging import merge as merge
     from interfuse.mixture import moe as moe
     from interfuse.models import load_model as load_model
     from interfuse.modules.cross_stitch import CrossStitch as CrossStitch
@@ -90,7 +90,7 @@ _HOME = {
     "load_data": "data",
     "load_model": "models",
     "load_run": "pipeline",
-    "merge": "engine.merge",
+    "merge": "merging",
     "moe": "mixture",
     "predict": "inference.predict",
     "push_to_hub": "hub",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from interfuse.checkpoints.source import open_checkpoint
-from interfuse.checkpoints.tasks import open_task, split_task
+from interfuse.checkpoints.tasks import config_folder, open_task, split_task
 from interfuse.checkpoints.tensors import to_tensor
 from interfuse.errors import CheckpointError, ModelError, Problem
 from interfuse.extras import require
@@ -31,7 +31,7 @@ _ENDLESS = 10**9  # tokens; a tokenizer that knows no greatest length says 10**3
 def load_model(ref: str, *, weights: str | Path | None = None, trust_code: bool = False, exactly: bool = False) -> nn.Module:
     """The network that `ref` names, in evaluation mode.
 
-    ref: a folder with a Transformers `config.json`, `folder#task` for a task of a merge that has an output for each, a hub
+    ref: a folder with a Transformers `config.json`, `folder#task` for a task of a merge that has one for each, a hub
         id (`name/model` or `name/model@revision`), or `python:package.module:function`, a function without arguments that
         returns an `nn.Module`; this runs code, and needs `trust_code`.
     weights: a file or folder of tensors to fill the network with; names and shapes must match exactly.
@@ -45,7 +45,8 @@ def load_model(ref: str, *, weights: str | Path | None = None, trust_code: bool 
             raise ModelError(Problem(ref, f"returned {type(made).__name__}", "a function that returns a torch.nn.Module"))
         network = made
     elif (task := split_task(ref)) is not None:
-        network = _from_transformers(str(task[0]), exactly)
+        own = config_folder(*task)
+        network = _from_transformers(str(task[0]), exactly) if own is None else _of_config(str(own))
         weights = ref if weights is None else weights
     else:
         network = _from_transformers(ref, exactly)
@@ -134,6 +135,20 @@ def _from_transformers(ref: str, exactly: bool) -> nn.Module:
     if missing:  # Transformers would leave them at random values
         raise ModelError(*(Problem(f"{ref}: {key}", "missing", f"the {kind.__name__} needs it") for key in missing))
     return network
+
+
+def _of_config(ref: str) -> nn.Module:
+    """A network of a folder's config, its weights to be filled in."""
+    transformers = require("transformers")
+    try:
+        config = transformers.AutoConfig.from_pretrained(ref)
+        architecture = (getattr(config, "architectures", None) or [""])[0]
+        kind = getattr(transformers, architecture, None)
+        made: nn.Module = transformers.AutoModel.from_config(config) if kind is None else kind(config)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        wrong = str(error).partition("\n")[0].rstrip(".")
+        raise ModelError(Problem(ref, wrong, "a config that Transformers knows")) from error
+    return made
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from interfuse.checkpoints.source import Checkpoint, TensorSpec
 from interfuse.checkpoints.tokenizers.embedding import is_vocabulary
 from interfuse.errors import CheckpointError, OptionError, Problem, UserError, nearest
 from interfuse.layout import Group, Header, Slot, layout
+from interfuse.layout.heads import apart
 from interfuse.methods.calls import COPY, make_call
 from interfuse.methods.calls import Call as Call
 from interfuse.recipe import Recipe
@@ -152,6 +153,7 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[Reference, Checkpoint], *, c
     mergekit where it differs (docs/mergekit.md).
     """
     method = find(recipe.merge_method or "", "weights", "merge_method")
+    recipe = apart(recipe, checkpoints)
     configs, faulty = _configs(list(checkpoints.values()))
     headers = {ref: Header(c.specs, config) for (ref, c), config in zip(checkpoints.items(), configs, strict=True)}
     found = layout(recipe, headers, compat=compat)

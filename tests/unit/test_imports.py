@@ -35,6 +35,7 @@ evaluation
 ensemble
 training
 transfer
+merging
 report
 saving
 hub
@@ -60,6 +61,7 @@ LIGHT = (
     "plan",
     "engine",
     "mixture",
+    "merging",
     "__init__",
 )
 LIGHT_EXCEPT = ("checkpoints/tensors.py",)

@@ -225,12 +225,12 @@ def test_what_is_wrong_with_tasks_is_said(tmp_path: Path) -> None:
     out = merged(tmp_path)
     with pytest.raises(itf.CheckpointError, match="has no task 'xx'; did you mean 'x'"):
         itf.task_model(out, "xx")
-    with pytest.raises(itf.CheckpointError, match="holds no tasks; merge with output: per_task"):
+    with pytest.raises(itf.CheckpointError, match="holds no tasks; merge with heads: separate, or with output: per_task"):
         itf.task_model(tmp_path / "x", "x")
     table = out / "tasks" / "tasks.json"
     about = json.loads(table.read_text())
-    table.write_text(json.dumps(about | {"version": 2}))
-    with pytest.raises(itf.CheckpointError, match="is of version 2; this interfuse reads version 1"):
+    table.write_text(json.dumps(about | {"version": 3}))
+    with pytest.raises(itf.CheckpointError, match="is of version 3; this interfuse reads 1 and 2"):
         itf.task_model(out, "x")
     table.write_text("{")
     with pytest.raises(itf.CheckpointError, match="isn't a list of tasks"):

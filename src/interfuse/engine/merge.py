@@ -55,6 +55,7 @@ def merge(
     chat_template: str | None = None,
     drop: Sequence[str] | None = None,
     keep: Sequence[str] | None = None,
+    heads: str | Sequence[str] | None = None,
     seed: int = 0,
     threads: int | None = None,
     allow_nonfinite: bool = False,
@@ -74,7 +75,10 @@ def merge(
     floating-point tensors (that of the base or first). `tokenizer` (`"union"`, `"base"`, a model's path, or what a recipe has
     under `tokenizer`) gives models of other tokens, as paths, one vocabulary; `chat_template` is as in a recipe. `drop` and
     `keep` are patterns of tensors' names, as in a recipe: those that are left out (in a module, they stay the reference's),
-    and those that are taken as they are from the base, else from the first model that has them. `seed` is that of all chance,
+    and those that are taken as they are from the base, else from the first model that has them. `heads="separate"` (or
+    patterns of the heads' tensors) takes models that differ in their heads: modules give a network whose `forward` gives
+    {task: output} from one pass through the merged trunk, mappings give {task: mapping}, and in a folder `FOLDER#TASK` is each
+    task's model, tasks being the models' names. `seed` is that of all chance,
     `threads` how many (as many as there are processors; the bytes are the same). `options` are the method's own, in any form
     that a recipe may have them: a number, a list over depth, filters; one with a value a model may also be a mapping by the
     models' names. An option named `lambda` is also taken as `lambda_`. NaN or infinity is an error unless `allow_nonfinite`.
@@ -91,6 +95,7 @@ def merge(
     given, called, ancestor, faulty = _named(refs, base, names, in_memory=kind != "path")
     patterns = _patterns(drop=drop, keep=keep)
     words = _words(tokenizer, chat_template) | patterns
+    words |= {} if heads is None else {"heads": heads if isinstance(heads, str) else list(heads)}
     chosen = None if dtype is None else str(dtype)
     recipe, wrong = _recipe(method, called, ancestor, names, weights, chosen, seed, options, words)
     wrong = [*_form_problems(kind, out, tokenizer, chat_template, recipe), *wrong]

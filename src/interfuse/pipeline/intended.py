@@ -15,11 +15,12 @@ from interfuse.engine.output.finished import finished
 from interfuse.engine.output.folder import files_beside
 from interfuse.engine.output.proof import proof
 from interfuse.errors import CheckpointError, Problem, UserError
+from interfuse.pipeline.adapting import adapters_problems
 from interfuse.pipeline.record import DESCRIPTION, RunRecord, hash_data, restored
 from interfuse.plan import plan_merge, uncollected
 from interfuse.recipe import Recipe
 from interfuse.recipe.chain import UNREADABLE
-from interfuse.recipe.check import chooses, method_of, names_of, options_of
+from interfuse.recipe.check import adapters_alone, chooses, method_of, names_of, options_of
 from interfuse.recipe.learned import learns
 from interfuse.recipe.pieces import places, references
 from interfuse.recipe.references import Reference
@@ -91,6 +92,8 @@ def models_problems(recipe: Recipe, found: Sequence[Problem], known: Sequence[st
     """
     from interfuse.engine.wording import source_problems
 
+    if adapters_alone(recipe):
+        return adapters_problems(recipe)
     at_fault = [problem.path for problem in found]
     numbers = any(path.startswith(_NUMBERS) or "parameters" in path for path in at_fault)
     sound = not (chooses(recipe) or learns(recipe) or numbers)

@@ -148,6 +148,9 @@ def chain_problems(recipes: Sequence[Recipe]) -> list[Problem]:
                 wrong = f"{ref!r} is this recipe itself" if names[i] == ref else f"{ref!r} comes later in the file"
                 problems.append(Problem(f"{inside}.{path}", wrong, "refer to earlier recipes alone"))
     for i, recipe in enumerate(recipes[:-1]):
+        if recipe.heads is not None:
+            wrong = "later recipes see the trunk alone"
+            problems.append(Problem(f"documents[{i}].heads", wrong, "give it in the last recipe"))
         if gives_tasks(recipe):
             wrong = "got 'per_task', and later recipes see the trunk alone"
             problems.append(Problem(f"documents[{i}].parameters.output", wrong, "give it in the last recipe"))

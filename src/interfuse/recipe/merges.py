@@ -26,7 +26,7 @@ BESIDE = ("weight", "int8_mask")
 def merge_problems(recipe: Recipe, method: Method | None) -> list[Problem]:
     """Everything wrong with a merge that can be seen in its recipe alone; `method` is None where it isn't known."""
     found = pieces(recipe)
-    problems = [*_modules(recipe), *_patterns(recipe), *_tokenizer(recipe)]
+    problems = [*_modules(recipe), *_patterns(recipe), *_tokenizer(recipe), *_heads(recipe, method)]
     if method is None:
         return problems
     problems += [*_bases(recipe, method, found), *_tasks(recipe, found)]
@@ -60,6 +60,25 @@ def _tasks(recipe: Recipe, found: list[Piece]) -> Iterator[Problem]:
         yield Problem("base_model", "has an adapter, and an output for each task refers to it", "write it to a folder first")
 
 
+def _heads(recipe: Recipe, method: Method | None) -> Iterator[Problem]:
+    """What models with heads of their own can't be merged with."""
+    if recipe.heads is None:
+        return
+    beside = [key for key in ("slices", "modules", "tokenizer", "tokenizer_source") if getattr(recipe, key) is not None]
+    for key in beside:
+        yield Problem(key, "stands beside heads", "give whole models, each with a head of its own")
+    if not beside and len([entry for entry in recipe.models if entry.model != recipe.base_model]) < 2:
+        yield Problem("models", "fewer than two with a head of their own", "at least two")
+    if recipe.data is not None and recipe.data.test is not None:
+        yield Problem("data.test", "one data set can't score several tasks", "remove it, and compare FOLDER#NAME")
+    if gives_tasks(recipe):
+        yield Problem("heads", "stands beside output: per_task", "keep one of the two")
+    if method is not None and method.level == "adapters":
+        yield Problem("heads", "stands in a merge of adapters alone", "merge MODEL+ADAPTER")
+    elif method is not None and any(data in method.needs for data in ("validation data", "training data")):
+        yield Problem("heads", f"{method.name} runs the merged network on data", "another method, or remove the key")
+
+
 def is_plain(parameters: Mapping[str, Any]) -> bool:
     """Whether every value holds for all tensors alike."""
     return not any(isinstance(value, list | dict) for value in parameters.values())
@@ -79,7 +98,7 @@ def _modules(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _patterns(recipe: Recipe) -> Iterator[Problem]:
-    for key in ("drop", "keep"):
+    for key in ("drop", "keep", *(() if isinstance(recipe.heads, str) else ("heads",))):
         for i, pattern in enumerate(getattr(recipe, key) or []):
             yield from pattern_problems(pattern, f"{key}[{i}]")
 

@@ -210,6 +210,14 @@ class Recipe(Section):
         default=None,
         description="Tensors that aren't merged but taken as they are from the base, else from the first model that has them.",
     )
+    heads: Any = Field(
+        default=None,
+        description="separate: models with different heads become one trunk, merged, and a head a task (FOLDER#NAME); or "
+        "patterns of the heads' tensors, where they can't be found.",
+        json_schema_extra={
+            "anyOf": [{"const": "separate"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}, {"type": "null"}]
+        },
+    )
     head: Head | None = Field(
         default=None, description="The outputs of a fusion; left out, the data's classes, or one for each value to predict."
     )
@@ -227,6 +235,14 @@ class Recipe(Section):
     training: Training | None = Field(default=None, description="How to train.")
     evaluate: Evaluate | None = Field(default=None, description="How to score on data.test.")
     seed: int = Field(default=0, ge=0, description="The seed of everything random.")
+
+    @field_validator("heads")
+    @classmethod
+    def _heads(cls, value: Any) -> Any:
+        listed = isinstance(value, list) and bool(value) and all(isinstance(pattern, str) and pattern for pattern in value)
+        if value is None or value == "separate" or listed:
+            return value
+        raise PydanticCustomError("heads", "should be separate, or a list of patterns")
 
     @property
     def beside(self) -> dict[str, str]:

@@ -49,7 +49,7 @@ def share_trunk(
     found, number = place(experts, depth, blocks)
     _check_also(experts, also)
     trunk = trunk_of(next(iter(experts.values())), found, number, also)
-    values = _merged(experts, trunk, base, method, options)
+    values = merged_trunk(experts, trunk, base, method, options)
     return SharedTrunk(experts, trunk, values, depth=number, blocks=found)
 
 
@@ -245,7 +245,7 @@ def place(experts: Mapping[str, nn.Module], depth: int | str, blocks: str | None
     return found, depth
 
 
-def _merged(
+def merged_trunk(
     experts: Mapping[str, nn.Module], trunk: Trunk, base: nn.Module | None, method: str, options: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """The trunk's merged tensors by name."""

@@ -114,7 +114,7 @@ def trunk_of(network: nn.Module, blocks: Blocks, depth: int, also: Sequence[str]
     if depth == 0:
         return Trunk((), ())
     places = find_layers(name for name, _ in network.named_parameters(remove_duplicate=False)).places
-    modules: list[str] = [found for path in also for found in _called(network.get_submodule(path), path, None)]
+    modules: list[str] = [found for path in also for found in called(network.get_submodule(path), path, None)]
     parameters: list[str] = []
     path, holder = "", network
     for part in blocks.path.split(".") if blocks.path else ():
@@ -122,11 +122,11 @@ def trunk_of(network: nn.Module, blocks: Blocks, depth: int, also: Sequence[str]
         for name, child in _children(holder):
             if name == part:
                 break
-            modules += _called(child, _join(path, name), places)
+            modules += called(child, _join(path, name), places)
         path, holder = _join(path, part), holder.get_submodule(part)
     parameters += _own(holder, path, places)
     for number in range(depth - 1):
-        modules += _called(holder.get_submodule(blocks.names[number]), blocks.at(number), None)
+        modules += called(holder.get_submodule(blocks.names[number]), blocks.at(number), None)
     end = blocks.at(depth - 1)
     return Trunk((*dict.fromkeys(where for where in modules if where != end), end), tuple(parameters))
 
@@ -137,10 +137,10 @@ def _own(holder: nn.Module, path: str, places: Mapping[str, Place]) -> list[str]
     return [name for name in names if places[name].side != "after"]
 
 
-def _called(module: nn.Module, path: str, places: Mapping[str, Place] | None) -> list[str]:
+def called(module: nn.Module, path: str, places: Mapping[str, Place] | None) -> list[str]:
     """The modules with a state at or below `path` that are called as wholes; those whose names put them behind are left."""
     if isinstance(module, _CONTAINERS):
-        return [found for name, child in _children(module) for found in _called(child, _join(path, name), places)]
+        return [found for name, child in _children(module) for found in called(child, _join(path, name), places)]
     names = [_join(path, name) for name, _ in module.named_parameters(remove_duplicate=False)]
     if not names or (places is not None and all(places[name].side == "after" for name in names)):
         return []

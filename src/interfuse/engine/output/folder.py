@@ -35,6 +35,7 @@ from interfuse.engine.output.card import write_merge_card
 from interfuse.engine.output.journal import Journal
 from interfuse.engine.output.proof import missing_parts, proof
 from interfuse.engine.per_task import write_tasks
+from interfuse.engine.separate import write_heads
 from interfuse.errors import CheckpointError, Problem
 from interfuse.plan import Output, Plan, config_of
 from interfuse.registry import find
@@ -88,6 +89,7 @@ def merge_into(
         journal.restore(merging)
         there = _checked(folder, plan, merging, stems)
         write_tasks(plan, merging, folder, recipes[-1], threads=threads)
+        write_heads(plan, sources, folder, recipes[-1], progress=progress)
         loading.finish()
         journal.close()
     left_out = copy_side_files(lead.folder, folder, list(stems)) if lead.folder else []
