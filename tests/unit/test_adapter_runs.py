@@ -15,6 +15,7 @@ import interfuse
 from interfuse.checkpoints.adapters.pairs import open_adapter
 from interfuse.cli import main
 from interfuse.errors import CheckpointError, ModelError, RecipeError
+from interfuse.registry import find
 
 Capture = pytest.CaptureFixture[str]
 SHAPES = {"layers.0.q": (12, 8), "layers.0.up": (10, 12)}
@@ -222,3 +223,30 @@ def test_adapters_of_other_bases_and_stages_of_them_are_refused(work: Path) -> N
     stages = [{"name": "x", "merge_method": "linear", "models": ["a", "c"]}, {"merge_method": "linear", "models": ["x", "x"]}]
     with pytest.raises(RecipeError, match=r"documents\[0\].models: are adapters without a base"):
         interfuse.run(stages, "out")
+
+
+def test_each_method_of_adapters_has_its_options_and_refuses_others(work: Path, capsys: Capture) -> None:
+    """What the methods by entries share is written once; still each takes what it uses, with its own defaults."""
+    shared = {"density": 1.0, "lambda_": 1.0, "rank": None}
+    wanted = {
+        "ties": {**shared, "normalize": True},
+        "dare_linear": {**shared, "normalize": False, "seed": 0},
+        "dare_ties": {**shared, "normalize": False, "seed": 0},
+    }
+    for name, options in wanted.items():
+        method = find(name, "adapters")
+        assert method.check({}) == options
+        assert method.summary.endswith("as near as a change of `rank` can be.")
+    code, _, err = run(work, capsys, {"merge_method": "ties", "models": MODELS, "parameters": {"seed": 1}})
+    assert (code, err) == (2, "parameters.seed: ties has no such option; allowed: density, normalize, lambda, rank, weight\n")
+
+
+def test_what_is_wrong_with_the_adapters_is_told_beside_the_options(work: Path, capsys: Capture) -> None:
+    factors = {"A": np.ones((1, 2), np.float32), "B": np.ones((2, 1), np.float32)}
+    other = {f"base_model.model.other.lora_{part}.weight": factor for part, factor in factors.items()}
+    save_file(other, work / "c" / "adapter_model.safetensors")
+    (work / "c" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    code, _, err = run(work, capsys, {"merge_method": "ties", "models": MODELS, "parameters": {"seed": 1}})
+    assert code == 2
+    assert [line.partition(": ")[0] for line in err.splitlines()] == ["parameters.seed", str(work / "c")]
+    assert "changes none of" in err

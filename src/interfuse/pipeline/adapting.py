@@ -14,7 +14,7 @@ from typing import Any
 from interfuse.checkpoints.writer import check_output, settle, whole_folder
 from interfuse.engine.adapters.merging import Prepared, asked, prepare, write
 from interfuse.engine.output.finished import finished_adapter
-from interfuse.errors import Problem, RecipeError
+from interfuse.errors import Problem, RecipeError, UserError
 from interfuse.pipeline.record import RECIPE, RunRecord, as_yaml, restored, versions
 from interfuse.pipeline.record import write as write_record
 from interfuse.recipe import Recipe
@@ -96,6 +96,15 @@ def prepared_by(recipe: Recipe) -> Prepared:
     weights = [{**recipe.parameters, **entry.parameters}.get("weight", 1.0) for entry in recipe.models]
     adapters = [entry.model for entry in recipe.models]
     return prepare(method.name, adapters, weights=weights, dtype=recipe.out_dtype or recipe.dtype, **options)
+
+
+def adapters_problems(recipe: Recipe) -> list[Problem]:
+    """What is wrong with a recipe's adapters and between them, whatever its method and its numbers are."""
+    try:
+        prepare("linear", [entry.model for entry in recipe.models])
+    except UserError as error:
+        return list(error.problems)
+    return []
 
 
 def _problems(recipe: Recipe) -> Iterator[Problem]:

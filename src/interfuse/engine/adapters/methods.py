@@ -7,6 +7,7 @@ KnOTS 2410.19735; TIES 2306.01708; DARE 2311.03099.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -69,66 +70,50 @@ def knots(
     return truncate(Factors(lambda_ * basis, merged), rank or max(len(pair.down) for pair in factors))
 
 
-@register("ties", "adapters", paper=_TIES)
-def ties(
-    factors: Sequence[Factors],
-    weights: Sequence[float],
-    *,
-    density: Density = (1.0,),
-    normalize: Normalize = True,
-    lambda_: Scale = 1.0,
-    rank: Rank = None,
-) -> Factors:
-    """TIES on the changes themselves, as on models with these adapters, then as near as a change of `rank` can be."""
-    return _entrywise("ties", factors, weights, rank, 0, density=density, normalize=normalize, lambda_=lambda_)
+def _of_models(name: str, paper: str, about: str, *, normalize: bool, draws: bool) -> None:
+    """Register a weight method that goes by entries: on the changes themselves, as on models with these adapters.
+
+    `normalize` is that option's default, `draws` whether there is a seed to be given.
+    """
+
+    def merged(
+        factors: Sequence[Factors],
+        weights: Sequence[float],
+        *,
+        density: Density = (1.0,),
+        normalize: Normalize = normalize,
+        lambda_: Scale = 1.0,
+        rank: Rank = None,
+        seed: Seed = 0,
+    ) -> Factors:
+        change = _entrywise(name, factors, weights, density, seed=seed, normalize=normalize, lambda_=lambda_)
+        norm = float(np.square(change, dtype=np.float64).sum())
+        if not norm:
+            return Factors(np.zeros((len(change), 1)), np.zeros((1, change.shape[1])))
+        return Factors(*leading(change, norm, rank or max(len(pair.down) for pair in factors), None))
+
+    merged.__name__, merged.__doc__ = name, f"{about}, then as near as a change of `rank` can be."
+    taken = inspect.signature(merged)
+    options = [option for option in taken.parameters.values() if draws or option.name != "seed"]
+    merged.__signature__ = taken.replace(parameters=options)  # type: ignore[attr-defined]  # what the registry reads
+    register(name, "adapters", paper=paper)(merged)
 
 
-@register("dare_linear", "adapters", paper=_DARE)
-def dare_linear(
-    factors: Sequence[Factors],
-    weights: Sequence[float],
-    *,
-    density: Density = (1.0,),
-    normalize: Normalize = False,
-    lambda_: Scale = 1.0,
-    rank: Rank = None,
-    seed: Seed = 0,
-) -> Factors:
-    """DARE on the changes themselves, and their sum, then as near as a change of `rank` can be."""
-    return _entrywise("dare_linear", factors, weights, rank, seed, density=density, normalize=normalize, lambda_=lambda_)
-
-
-@register("dare_ties", "adapters", paper=_DARE)
-def dare_ties(
-    factors: Sequence[Factors],
-    weights: Sequence[float],
-    *,
-    density: Density = (1.0,),
-    normalize: Normalize = False,
-    lambda_: Scale = 1.0,
-    rank: Rank = None,
-    seed: Seed = 0,
-) -> Factors:
-    """DARE on the changes themselves, with TIES' election of signs, then as near as a change of `rank` can be."""
-    return _entrywise("dare_ties", factors, weights, rank, seed, density=density, normalize=normalize, lambda_=lambda_)
+_of_models("ties", _TIES, "TIES on the changes themselves, as on models with these adapters", normalize=True, draws=False)
+_of_models("dare_linear", _DARE, "DARE on the changes themselves, and their sum", normalize=False, draws=True)
+_of_models("dare_ties", _DARE, "DARE on the changes themselves, with TIES' election of signs", normalize=False, draws=True)
 
 
 def _entrywise(
-    method: str, factors: Sequence[Factors], weights: Sequence[float], rank: int | None, seed: int, **options: Any
-) -> Factors:
+    method: str, factors: Sequence[Factors], weights: Sequence[float], density: Sequence[float], **options: Any
+) -> np.ndarray:
     """A method of models' deltas on the changes of one module, formed whole, onto a base of zeros."""
     names = [str(i) for i in range(len(factors))]
     changes = {name: {"change": (pair.up @ pair.down).astype(np.float32)} for name, pair in zip(names, factors, strict=True)}
-    density = options.pop("density")
-    shares = list(density) * (len(names) if len(density) == 1 else 1)
+    shares = dict(zip(names, list(density) * (len(names) if len(density) == 1 else 1), strict=True))
     base = {"change": np.zeros_like(changes[names[0]]["change"])}
-    merged = merge(
-        method, changes, base=base, weights=list(weights), seed=seed, density=dict(zip(names, shares, strict=True)), **options
-    )["change"]
-    norm = float(np.square(merged, dtype=np.float64).sum())
-    if not norm:
-        return Factors(np.zeros((len(merged), 1)), np.zeros((1, merged.shape[1])))
-    return Factors(*leading(merged, norm, rank or max(len(pair.down) for pair in factors), None))
+    found: np.ndarray = merge(method, changes, base=base, weights=list(weights), density=shares, **options)["change"]
+    return found
 
 
 def truncate(factors: Factors, rank: int) -> Factors:
