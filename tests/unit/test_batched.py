@@ -147,7 +147,7 @@ def test_what_is_faster_is_measured_when_a_shape_comes_again(faster: bool, passe
     assert passes == []  # a shape that comes once isn't worth the measurement
     found.append(model(X))
     measured = len(passes)
-    assert measured == 1 + 3 + faster
+    assert measured == 1 + 5 + faster
     found.append(model(X))
     assert len(passes) == measured + faster
     assert list(model.one_pass.choices.values()) == [faster]

@@ -144,7 +144,7 @@ class Ensemble(Composite):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Ensemble:
         self.one_pass.forget()  # the stack isn't moved along
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+        return super()._apply(fn, recurse)
 
     def _together(self, inputs: Any) -> list[Tensor] | None:
         """Every network's output by one pass; None where they run one by one."""
