@@ -265,7 +265,11 @@ def _same(one: Any, two: Any, depth: int = 6) -> bool:
 
 def _plain(networks: Sequence[nn.Module], inputs: Any) -> bool:
     """Whether this is an ordinary call, of tensors where the weights are: not traced, transformed, or for gradients."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
         return False
     if torch.is_grad_enabled() and any(p.requires_grad for network in networks for p in network.parameters()):
         return False
