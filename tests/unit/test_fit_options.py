@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import interfuse as itf
-from interfuse.errors import ModelError, OptionError
+from interfuse.errors import CheckpointError, ModelError, OptionError
 from interfuse.modules.fused import ModelFusion
 from interfuse.training.fit import fit
 from interfuse.training.parameters import groups, heads, trained
@@ -181,6 +181,23 @@ def test_the_gradient_of_l2_sp_is_that_of_its_formula() -> None:
     for p, s, gradient in zip(model.parameters(), start, plain, strict=True):
         assert p.grad is not None
         assert torch.allclose(p.grad, gradient + 3.0 * (p.detach() - s), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ({}, "last.ckpt was made without l2_sp, and doesn't hold the start .*; resume it with l2_sp=0, or train anew"),
+        ({"l2_sp": 1.0, "train_only": "classifier.*"}, "holds the start of 2 tensors, which aren't the 10 that are trained"),
+    ],
+)
+def test_a_checkpoint_without_the_start_is_not_resumed_with_l2_sp(tmp_path: Path, before: dict[str, Any], said: str) -> None:
+    fit(Deep(), data(), checkpoints=tmp_path, callbacks=[Stop()], **QUICK | before)
+    again = Deep(1)
+    weights = {name: value.clone() for name, value in again.state_dict().items()}
+    with pytest.raises(CheckpointError, match=said):
+        fit(again, data(), resume=tmp_path / "last.ckpt", l2_sp=1.0, **QUICK)
+    assert not changed(weights, again)
+    fit(again, data(), resume=tmp_path / "last.ckpt", **QUICK | {k: v for k, v in before.items() if k != "l2_sp"})
 
 
 def test_a_resumed_run_is_held_to_the_first_start(tmp_path: Path) -> None:

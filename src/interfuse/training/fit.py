@@ -110,7 +110,8 @@ def fit(
     callbacks, **trainer: Lightning's own (accelerator, devices, strategy, precision, logger, ...).
 
     A fusion with residual parents starts from the best of them, or their mean, on `validation` (without it, on `train`).
-    Raises `DataError`, `ModelError` and `OptionError` before anything is trained. A loss that isn't finite is a `DataError`;
+    Raises `DataError`, `ModelError` and `OptionError` before anything is trained, and `CheckpointError` for one to resume that
+    lacks what `l2_sp` needs. A loss that isn't finite is a `DataError`;
     after this or any other error in training the model has the best weights until then.
     """
     require("lightning.pytorch")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from interfuse.data.dataset import Shuffled
-from interfuse.errors import DataError, Problem
+from interfuse.errors import CheckpointError, DataError, Problem
 from interfuse.evaluation.metrics import Metric, score
 from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import call, prediction, split_batch
@@ -89,9 +89,18 @@ class Loop(lightning.LightningModule):
         checkpoint["starts"] = [start for _, start in self.starts]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The counterpart of `on_save_checkpoint`."""
-        trained = [p for p, _ in self.starts]
-        self.starts = list(zip(trained, checkpoint.get("starts", []), strict=False))
+        """The counterpart of `on_save_checkpoint`; without the start that the loss needs it is a `CheckpointError`."""
+        trained, starts = [p for p, _ in self.starts], checkpoint.get("starts", [])
+        if not trained:
+            return
+        name = str(getattr(self.trainer, "ckpt_path", None) or "the checkpoint")
+        if not starts:
+            wrong = "was made without l2_sp, and doesn't hold the start that weights are to be held to"
+            raise CheckpointError(Problem("resume", f"{name} {wrong}", "resume it with l2_sp=0, or train anew"))
+        if [p.shape for p in trained] != [start.shape for start in starts]:
+            wrong = f"holds the start of {len(starts)} tensors, which aren't the {len(trained)} that are trained"
+            raise CheckpointError(Problem("resume", f"{name} {wrong}", "resume it with the model and options it was made with"))
+        self.starts = list(zip(trained, starts, strict=True))
 
     def validation_step(self, batch: Any, index: int) -> None:
         """Keep what the model gives for one batch."""
