@@ -129,8 +129,8 @@ def _plain(entry: ModelEntry) -> ModelEntry:
 
 def code_of(folder: str | Path) -> list[str]:
     """The `python:` references that are called when the network of an output folder is built again."""
-    found = split_network(str(folder))
-    folder = folder if found is None else found[0]
+    split = split_network(str(folder))
+    folder = folder if split is None else split[0]
     if not is_saved(str(folder)) or not (Path(folder) / RECIPE).is_file():
         return []
     recipe = load_recipe(Path(folder) / RECIPE)
