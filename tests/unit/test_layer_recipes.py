@@ -17,7 +17,7 @@ from torch import nn
 import interfuse as itf
 from interfuse.cli import main
 from interfuse.data import load_data
-from interfuse.errors import DataError, ModelError, RecipeError, UserError
+from interfuse.errors import DataError, ModelError, OptionError, RecipeError, UserError
 from interfuse.models import load_tokenizer
 from interfuse.pipeline import compare_runs, load_run, run
 
@@ -268,6 +268,12 @@ def test_a_task_s_data_are_checked_where_they_are_written(work: Path) -> None:
     with pytest.raises(DataError) as raised:
         run(recipe | {"data": {"test": "test.npz"}}, "out", trust_code=True, progress=False)
     assert len(raised.value.problems) == 2
+    for name in ("held", "test"):
+        np.savez(f"{name}.npz", **np.load(f"{name}.npz"), much=np.load(f"{name}.npz")["x"][:, 0])
+    mixed = trunk()
+    mixed["models"][1]["data"] = {"target": "much"}
+    with pytest.raises(OptionError, match=r"evaluate\.metric: missing, and some tasks have classes"):
+        run(mixed, "out", trust_code=True, progress=False)
     with pytest.raises(RecipeError, match=r"models\[0\]\.data: a model has its own only with"):
         run({"fusion": "mean", "models": [net("net", data={"target": "y"})], "data": {"train": "train.npz"}}, "out")
 

@@ -17,7 +17,7 @@ from torch import nn
 from interfuse import units
 from interfuse.checkpoints.source import open_checkpoint
 from interfuse.data import Data
-from interfuse.errors import ModelError, Problem, UserError
+from interfuse.errors import ModelError, OptionError, Problem, UserError
 from interfuse.extras import require
 from interfuse.models import CODE
 from interfuse.pipeline.finished import is_saved
@@ -124,14 +124,17 @@ def _curve(
     require("matplotlib")
     tuned = None if recipe.training is None else lambda shared: _trained(recipe, shared, tasks, how)
     asked = recipe.evaluate
-    first = next(iter(tasks.values()))["validation"]
+    usual = dict.fromkeys(default_metric(sets["validation"]) for sets in tasks.values())
+    if len(usual) > 1 and (asked is None or asked.metric is None):
+        allowed = "name one that fits all, or give parameters.depth"
+        raise OptionError(Problem("evaluate.metric", "missing, and some tasks have classes, others numbers", allowed))
     size: dict[str, Any] = {"batch_size": asked.batch_size} if asked is not None and asked.batch_size is not None else {}
     every = all("test" in sets for sets in tasks.values())
     return trunk_curve(
         experts,
         {name: sets["validation"] for name, sets in tasks.items()},
         {name: sets["test"] for name, sets in tasks.items()} if every else None,
-        metric=(asked.metric if asked is not None else None) or default_metric(first),
+        metric=(asked.metric if asked is not None else None) or next(iter(usual)),
         tune=tuned,
         progress=how.progress,
         **{key: options[key] for key in ("depths", "method", "blocks", "tolerance", "within")},
