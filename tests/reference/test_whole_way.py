@@ -108,7 +108,7 @@ def pcb(d: np.ndarray, density: float, scale: float) -> np.ndarray:
 def test_pcb(models: int, spread: float, density: float, device: str | None) -> None:
     """No tensor is so large that its 0.01% of outliers is one entry."""
     states = made(models, spread, seed=2)
-    got = merged(states, "pcb", device, density=density, **{"lambda": 0.5})
+    got = merged(states, "pcb", device, density=density, lambda_=0.5)
     check(got, states, lambda d: pcb(d, density, 0.5))
 
 
@@ -135,13 +135,13 @@ def dare(parts: Sequence[float], kept: Sequence[int], share: float, elect: bool,
 @pytest.mark.parametrize("normalize", [True, False])
 def test_knots_with_dare(combine: str, normalize: bool, device: str | None) -> None:
     states = made(2, 1.0, seed=3, shapes={"w": (20, 30), "conv": (12, 4, 2, 2)})
-    got = merged(states, "knots", device, seed=5, combine=combine, density=0.3, normalize=normalize, **{"lambda": 0.5})
+    got = merged(states, "knots", device, seed=5, combine=combine, density=0.3, normalize=normalize, lambda_=0.5)
     counts, entries = np.zeros(2), 0
     for name, base in states[0].items():
         left, parts = knots_parts(deltas(states, name))
         found = left.T @ (got[name].astype(np.float64) - base).reshape(len(base), -1) / 0.5
         for at in np.ndindex(found.shape):
-            here = [part[at] for part in parts]
+            here = [float(part[at]) for part in parts]
             draws = itertools.product((0, 1), repeat=2)
             fits = {kept: dare(here, kept, 0.3, combine == "dare_ties", normalize) for kept in draws}
             kept, value = min(fits.items(), key=lambda fit: abs(fit[1] - found[at]))
