@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from torch import nn
 
 from interfuse.cli import main
 from interfuse.data import load_data
-from interfuse.errors import ModelError, RecipeError
+from interfuse.errors import CheckpointError, ModelError, RecipeError
 from interfuse.models import load_model
 from interfuse.pipeline import check, load_run, run, verify
 from interfuse.training.coefficients import learn_coefficients
@@ -188,8 +187,8 @@ def test_a_dry_run_shows_the_plan_at_the_start(work: Path, capsys: pytest.Captur
 # --- Transformers ---
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_transformers_folders_are_merged_from_file_to_file(work: Path) -> None:
+def berts() -> None:
+    """Folders of a base, its bare encoder, and fine-tunes of it for 2, 2 and 3 classes, with texts; in the current folder."""
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     words = ["[PAD]", "[UNK]", "good", "bad", "film", "dull"]
@@ -197,35 +196,58 @@ def test_transformers_folders_are_merged_from_file_to_file(work: Path) -> None:
         tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
     )  # fmt: skip
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=6, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, num_labels=2
-    )
-    base = transformers.BertForSequenceClassification(config)
-    for name, network in (("base", base), ("p", copy.deepcopy(base)), ("q", copy.deepcopy(base))):
-        for p in network.parameters() if name != "base" else ():
-            p.data += 0.3 * torch.randn_like(p)
+    base = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=6, num_labels=2, **sizes))
+    for name, labels in (("base", 2), ("p", 2), ("q", 2), ("r", 3)):
+        config = transformers.BertConfig(vocab_size=6, num_labels=labels, **sizes)
+        network = transformers.BertForSequenceClassification(config)
+        own = network.state_dict() if labels == 3 else {}
+        network.load_state_dict({**base.state_dict(), **{key: value for key, value in own.items() if "classifier" in key}})
+        for parameter in network.parameters() if name != "base" else ():
+            parameter.data += 0.3 * torch.randn_like(parameter)
         network.save_pretrained(name)
         wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]")
         wrapped.save_pretrained(name)
-    base.bert.save_pretrained("bare")  # the encoder without a head
+    base.bert.save_pretrained("bare")
     rows = ["good film,yes", "bad film,no", "dull,no", "good good,yes"] * 8
-    (work / "t.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
-    (work / "u.csv").write_text("text\n" + "\n".join(row.partition(",")[0] for row in rows) + "\n")
-    data = {"train": "u.csv", "labels": False, "test": "t.csv"}
-    recipe = learned(base_model="base", models=["p", "q"], data=data)
-    record = run(recipe, "out", progress=False)
+    Path("t.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    Path("u.csv").write_text("text\n" + "\n".join(row.partition(",")[0] for row in rows) + "\n")
+
+
+BARE = {"train": "u.csv", "labels": False}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_transformers_folders_are_merged_from_file_to_file(work: Path) -> None:
+    berts()
+    record = run(learned(base_model="base", models=["p", "q"], data={**BARE, "test": "t.csv"}), "out", progress=False)
     assert record.test is not None
-    transformers.AutoModelForSequenceClassification.from_pretrained("out")
+    assert type(load_model("out")).__name__ == "BertForSequenceClassification"
     run("out/recipe.yaml", "again", progress=False)
     assert (work / "again" / "model.safetensors").read_bytes() == (work / "out" / "model.safetensors").read_bytes()
     assert verify("out", again=True, progress=False).good
     plain = yaml.safe_load((work / "out" / "recipe.yaml").read_text())
     assert len(plain["models"][0]["parameters"]["weight"]) == 4  # before, two layers, after
-    bare = run(
-        learned(base_model="bare", models=["p", "q"], keep=["classifier"], data={"train": "u.csv", "labels": False}),
-        "trunk",
-        progress=False,
-    )
-    assert bare.coefficients is not None
-    assert not any("classifier" in name for names in bare.coefficients["groups"].values() for name in names)
+    trunk = run(learned(base_model="bare", models=["p", "q"], keep=["classifier"], data=BARE), "trunk", progress=False)
+    assert trunk.coefficients is not None
+    assert not any("classifier" in name for names in trunk.coefficients["groups"].values() for name in names)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_every_task_may_keep_its_head(work: Path) -> None:
+    berts()
+    recipe = learned(base_model="base", models=["p", {"model": "r", "data": {"train": "u.csv"}}], data=BARE)
+    with pytest.raises(CheckpointError, match="classifier"):
+        run(recipe, "none", progress=False)
+    record = run({**recipe, "heads": "separate"}, "out", progress=False)
+    assert record.coefficients is not None
+    assert not any("classifier" in name for names in record.coefficients["groups"].values() for name in names)
+    tasks: dict[str, Any] = {name: load_model(f"out#{name}") for name in "pr"}
+    for name, labels in (("p", 2), ("r", 3)):
+        own: Any = load_model(name)
+        assert tasks[name].config.num_labels == labels
+        assert torch.equal(tasks[name].classifier.weight, own.classifier.weight)
+    key = "bert.embeddings.word_embeddings.weight"
+    assert torch.equal(tasks["p"].get_parameter(key), tasks["r"].get_parameter(key))
+    assert verify("out", again=True, progress=False).good

@@ -18,6 +18,7 @@ from interfuse.checkpoints.writer import check_output
 from interfuse.data import Data
 from interfuse.engine.chain import plan_recipe
 from interfuse.errors import DataError, ModelError, Problem, UserError
+from interfuse.layout.heads import find_heads
 from interfuse.models import load_tokenizer
 from interfuse.pipeline.classes import UNNAMED
 from interfuse.pipeline.networks import BASE, device_name, load_networks, merged_networks, settled
@@ -90,11 +91,20 @@ def _learned(
     for name, data in sets.items():
         try_networks({name: experts[name]}, data)
     kept = [test for pattern in (*(recipe.drop or ()), *(recipe.keep or ())) for test in [matcher(pattern)]]
-    own = [name for name in base.state_dict() if name in beyond or any(test(name) for test in kept)]
+    heads = _heads(recipe, experts)
+    own = [name for name in base.state_dict() if name in beyond or name in heads or any(test(name) for test in kept)]
     given = recipe.training.model_dump(exclude_none=True) if recipe.training is not None else {}
     return learn_coefficients(
         base, experts, sets, own=list(map(glob.escape, own)), progress=progress, **{"seed": recipe.seed, **given, **options}
     )  # fmt: skip
+
+
+def _heads(recipe: Recipe, experts: Mapping[str, nn.Module]) -> frozenset[str]:
+    """The tensors that each task has for its own, where the recipe keeps heads apart; whether they fit has been looked at."""
+    if recipe.heads is None:
+        return frozenset()
+    shapes = {name: {key: tuple(t.shape) for key, t in expert.state_dict().items()} for name, expert in experts.items()}
+    return find_heads(shapes, recipe.heads).names
 
 
 def _as_expert(base: nn.Module, expert: nn.Module) -> tuple[nn.Module, set[str]]:

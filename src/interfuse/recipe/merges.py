@@ -75,7 +75,7 @@ def _heads(recipe: Recipe, method: Method | None) -> Iterator[Problem]:
         yield Problem("heads", "stands beside output: per_task", "keep one of the two")
     if method is not None and method.level == "adapters":
         yield Problem("heads", "stands in a merge of adapters alone", "merge MODEL+ADAPTER")
-    elif method is not None and any(data in method.needs for data in ("validation data", "training data")):
+    elif method is not None and "validation data" in method.needs:
         yield Problem("heads", f"{method.name} runs the merged network on data", "another method, or remove the key")
 
 
