@@ -67,7 +67,8 @@ class Wording(NamedTuple):
     """What a recipe's tokenizer and chat template make of the output: files beside its weights (None: of the lead's, one that
     goes), what its config files say instead, by file (None: nothing), the embedding's rows in the lead and in the output.
 
-    `notes` say what becomes of each model's rows; `digest` names what determines all this.
+    `notes` say what becomes of each model's rows; `digest` names what determines all this; `origins` are where tokenizers of
+    models that aren't merged are exactly, if that's elsewhere.
     """
 
     files: Mapping[str, bytes | None]
@@ -75,6 +76,7 @@ class Wording(NamedTuple):
     changes: Mapping[str, Mapping[str, Any]] = {}
     rows: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -249,6 +249,35 @@ def test_verify_reads_the_commits_that_were_merged(served: Server, monkeypatch: 
         assert [c.name for c in verify("out", progress=False).checks if c.good is None] == ["org/c", "first"]
 
 
+def write_words(folder: Path, words: str) -> Path:
+    """A model whose embedding has a row for each word, or only its tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {word: i for i, word in enumerate(words.split())}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "a"}
+    content = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "config.json").write_text(json.dumps({"vocab_size": len(vocabulary)}))
+    return folder
+
+
+def test_verify_reads_the_commit_of_a_tokenizer_that_was_taken(served: Server) -> None:
+    for seed, name in enumerate("pq"):
+        folder = write_words(served.folder / "org" / name, "a b c d")
+        rows = np.random.default_rng(seed).standard_normal((4, 8), np.float32)
+        save_file({"model.embed_tokens.weight": rows}, folder / "model.safetensors")
+    write_words(served.folder / "org" / "words", "a d b c")
+    run(recipe("org/p", "org/q") | {"tokenizer_source": "org/words"}, "out", progress=False)
+    record = json.loads(Path("out/interfuse.json").read_text())
+    assert record["tokenizer_origins"] == [f"org/words@{COMMIT}"]
+    rows = mean(served.folder / "org" / "p", served.folder / "org" / "q")["model.embed_tokens.weight"]
+    got = load_file("out/model.safetensors")["model.embed_tokens.weight"]
+    np.testing.assert_allclose(got, rows[[0, 3, 1, 2]], atol=1e-6)
+    write_words(served.move("org/words"), "a c d b")
+    write_words(served.move("org/p"), "d c b a")
+    found = verify("out", again=True, progress=False)
+    assert found.good, found.text()
+
+
 def test_commits_go_to_what_a_recipe_calls_them() -> None:
     base = {"model": "org/a+org/l", "origins": ["org/a@1", "org/l@2"]}
     asked = [Reference("org/a", None, "org/l", "v1"), Reference("/here")]

@@ -88,7 +88,7 @@ def plan_recipe(
     from interfuse.engine.wording import leveled, reworded, together  # most merges do without
 
     try:
-        checkpoints, wording = reworded(recipe, checkpoints, given or {})
+        checkpoints, wording = reworded(recipe, checkpoints, given or {}, commits)
     except UserError as error:
         try:
             plan_merge(recipe, leveled(checkpoints), compat=compat)

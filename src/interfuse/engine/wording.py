@@ -23,7 +23,7 @@ from interfuse.checkpoints.tokenizers.choice import source_allowed
 from interfuse.checkpoints.tokenizers.embedding import Fill, embedding_rows, resized, vocabulary_tensors, with_vocabulary
 from interfuse.checkpoints.tokenizers.tokenizer import Home, has_tokenizer, tokenizer_files
 from interfuse.checkpoints.tokenizers.vocabulary import CONFIGS, Vocabulary, vocabulary
-from interfuse.engine.opening import fetch_side_files, located, open_references
+from interfuse.engine.opening import Commits, at_commit, fetch_side_files, located, open_references
 from interfuse.errors import CheckpointError, Problem, RecipeError, UserError
 from interfuse.plan import Wording, config_of
 from interfuse.recipe import Recipe
@@ -35,26 +35,27 @@ Models = Mapping[str, Checkpoint]
 
 
 def reworded(
-    recipe: Recipe, checkpoints: Mapping[Reference, Checkpoint], given: Models
+    recipe: Recipe, checkpoints: Mapping[Reference, Checkpoint], given: Models, commits: Commits | None = None
 ) -> tuple[dict[Reference, Checkpoint], Wording]:
     """The checkpoints with one vocabulary, and what the output is to say of it.
 
-    `given` are the results of earlier recipes by name. Everything wrong is one `RecipeError`, or a `CheckpointError` where a
-    model is at fault too.
+    `given` are the results of earlier recipes by name, `commits` as in `open_references`. Everything wrong is one
+    `RecipeError`, or a `CheckpointError` where a model is at fault too.
     """
     first = pieces(recipe)[0]
     lead = Reference.parse(first.base or first.sources[0].model)
     models = {str(reference): checkpoints[reference] for reference in dict.fromkeys([lead, *checkpoints])}
     homes = {key: _home(model) for key, model in models.items()}
     errors: list[UserError] = []
-    found = None
+    found, origins = None, list[str]()
     choice = _choice(recipe)
     if choice is not None:
         try:
             names = _tensors(models)
             sizes = {key: _rows(model) for key, model in models.items()}
             base = None if first.base is None else str(lead)
-            found = vocabulary(choice, homes, base, sizes, _elsewhere(recipe, homes, given))
+            elsewhere, origins = _elsewhere(recipe, homes, given, commits or {})
+            found = vocabulary(choice, homes, base, sizes, elsewhere)
             models = {key: _with(found, key, models, names[key]) for key in models}
             if gives_tasks(recipe) and models[str(lead)] is not checkpoints[lead]:
                 wrong = f"per_task reads {lead} as it is, and the tokenizer gives it other rows"
@@ -67,7 +68,7 @@ def reworded(
         errors.append(error)
     if errors:
         raise together(errors)
-    wording = Wording(files, notes=notes, digest=_digest(files, found))
+    wording = Wording(files, notes=notes, digest=_digest(files, found), origins=tuple(origins))
     if found is not None:
         rows = _rows(checkpoints[lead]), found.size
         where = f"rows of tokens are in {', '.join(names[str(lead)])}"
@@ -112,20 +113,27 @@ def _home(checkpoint: Checkpoint) -> Home | None:
     return {name: content for name, content in files.items() if content is not None}
 
 
-def _elsewhere(recipe: Recipe, homes: Mapping[str, Home | None], given: Models) -> dict[str, Home]:
-    """The files of a model that isn't merged and whose tokenizer is asked for; a folder on this machine is itself the place."""
+def _elsewhere(
+    recipe: Recipe, homes: Mapping[str, Home | None], given: Models, commits: Commits
+) -> tuple[dict[str, Home], list[str]]:
+    """The files of a model that isn't merged and whose tokenizer is asked for, and where they are exactly.
+
+    A folder on this machine is itself the place.
+    """
     found: dict[str, Home] = {}
+    origins: list[str] = []
     for path, value in tokenizer_models(recipe):
         reference = Reference.parse(value)
         if path not in ("tokenizer_source", "tokenizer.source") or str(reference) in homes or Path(reference.path).is_dir():
             continue
         try:
-            home = _home_of(reference, given)
+            home, where = _home_of(at_commit(reference, commits), given)
         except UserError as error:
             raise located(error, reference, path) from None
         if home is not None:
             found[str(reference)] = home
-    return found
+            origins += where
+    return found, origins
 
 
 def source_problems(recipe: Recipe, given: Models) -> list[Problem]:
@@ -137,22 +145,23 @@ def source_problems(recipe: Recipe, given: Models) -> list[Problem]:
         if path not in ("tokenizer_source", "tokenizer.source") or reference in merged:
             continue
         try:
-            if _home_of(reference, given) is None:
+            if _home_of(reference, given)[0] is None:
                 problems.append(Problem(path, f"got {value!r}", source_allowed(str(reference))))
         except UserError as error:
             problems += located(error, reference, path).problems
     return problems
 
 
-def _home_of(reference: Reference, given: Models) -> Home | None:
-    """The files of a model anywhere; None for what is no folder."""
+def _home_of(reference: Reference, given: Models) -> tuple[Home | None, list[str]]:
+    """The files of a model anywhere, None for what is no folder; and where it is exactly, if not on this machine."""
     if reference.path in given or reference.lora is not None:
-        return _home(open_references([reference], given)[reference])
+        model = open_references([reference], given)[reference]
+        return _home(model), [store.origin for store in model.stores()]
     where, _ = place_of(reference.path, reference.revision)
     if isinstance(where, Store):
         where.get(side_files(where), False)
-        return where.folder
-    return where if where.is_dir() else None
+        return where.folder, [where.origin]
+    return (where if where.is_dir() else None), []
 
 
 def _rows(checkpoint: Checkpoint) -> int:

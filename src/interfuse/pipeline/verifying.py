@@ -30,6 +30,7 @@ from interfuse.pipeline.record import DESCRIPTION, RECIPE
 from interfuse.plan import Plan
 from interfuse.progress import track
 from interfuse.recipe import load_recipe, load_recipes
+from interfuse.recipe.merges import tokenizer_models
 from interfuse.recipe.pieces import references
 from interfuse.recipe.references import Reference
 
@@ -169,7 +170,8 @@ def _merge(folder: Path, record: Mapping[str, Any], threads: int | None, device:
     checks = _recipe_file(folder, load_recipes, recipes)
     names = [recipe.name for recipe in recipes]
     refs = dict.fromkeys(ref for recipe in recipes for ref in references(recipe) if ref.path not in names)
-    commits = commits_of(record["sources"], list(refs))
+    words = [Reference.parse(model) for recipe in recipes for _, model in tokenizer_models(recipe)]
+    commits = commits_of([*record["sources"], {"origins": record.get("tokenizer_origins", ())}], [*refs, *words])
     absent = _absent(list(refs), commits)
     if absent:
         reworded = any(recipe.tokenizer_source is not None or recipe.tokenizer is not None for recipe in recipes)

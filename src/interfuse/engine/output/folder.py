@@ -102,6 +102,7 @@ def merge_into(
         **made,
         "notes": [*made["notes"], *notes, *loading.notes, *missing_parts(folder)],
         "left_out": left_out,
+        **({"tokenizer_origins": plan.wording.origins} if plan.wording and plan.wording.origins else {}),
         "mergekit_compat": compat,
         "allow_nonfinite": allow_nonfinite,
         "loads": loading.said,
