@@ -17,6 +17,7 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
+from interfuse import moe
 from interfuse.checkpoints.remote.urls import cache_folder
 from interfuse.checkpoints.source import open_checkpoint
 from interfuse.engine.merge import merge
@@ -276,6 +277,33 @@ def test_verify_reads_the_commit_of_a_tokenizer_that_was_taken(served: Server) -
     write_words(served.move("org/p"), "d c b a")
     found = verify("out", again=True, progress=False)
     assert found.good, found.text()
+
+
+def write_decoder(folder: Path, seed: int) -> Path:
+    """A small llama without a tokenizer."""
+    folder.mkdir(parents=True)
+    random, head = np.random.default_rng(seed), "model.layers.0."
+    shapes: dict[str, tuple[int, ...]] = {f"{head}self_attn.{part}_proj.weight": (8, 8) for part in "qkvo"}
+    shapes |= {f"{head}mlp.{part}_proj.weight": (12, 8) for part in ("gate", "up")} | {f"{head}mlp.down_proj.weight": (8, 12)}
+    shapes |= {f"{head}{name}_layernorm.weight": (8,) for name in ("input", "post_attention")}
+    shapes |= {"model.embed_tokens.weight": (10, 8), "model.norm.weight": (8,), "lm_head.weight": (10, 8)}
+    save_file({name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}, folder / "model.safetensors")
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "num_attention_heads": 2}
+    config |= {"intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 10, "num_key_value_heads": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_verify_reads_the_commits_of_a_mixture(served: Server) -> None:
+    for seed, name in enumerate(("base", "a", "b")):
+        write_decoder(served.folder / "org" / name, seed)
+    experts = [{"source_model": "org/a"}, {"source_model": "org/b"}]
+    moe({"base_model": "org/base", "experts": experts, "gate_mode": "random"}, "out", seed=3)
+    for seed, name in enumerate(("base", "a", "b")):
+        write_decoder(served.move(f"org/{name}"), 5 + seed)
+    found = verify("out", again=True, progress=False)
+    assert found.good, found.text()
+    assert sum(check.what == "inputs" and bool(check.good) for check in found.checks) == 3
 
 
 def test_commits_go_to_what_a_recipe_calls_them() -> None:
