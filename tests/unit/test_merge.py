@@ -361,6 +361,17 @@ def test_data_parallel_names_are_resolved() -> None:
     torch.testing.assert_close(got[0].weight, (a[0].weight + b.module[0].weight) / 2)  # type: ignore[index]
 
 
+def test_one_number_weighs_every_model() -> None:
+    models = mappings([np.float32([1, 2]), np.float32([3, 5])])
+    base = {"t": np.float32([0, 1])}
+    every = merge("task_arithmetic", models, base=base, weights=0.25)
+    np.testing.assert_array_equal(one(every), one(merge("task_arithmetic", models, base=base, weights=[0.25, 0.25])))
+    np.testing.assert_array_equal(one(every), [1, 2.25])
+    for wrong in ("0.5", object()):
+        with pytest.raises(OptionError, match=r"weights: got .*a number for all, one a model"):
+            merge("task_arithmetic", models, base=base, weights=wrong)  # type: ignore[arg-type]
+
+
 def test_weights_go_by_name() -> None:
     models = {"a": {"t": np.zeros(1, np.float32)}, "b": {"t": np.ones(1, np.float32)}}
     assert one(merge("linear", models, weights={"b": 3}))[0] == 0.75

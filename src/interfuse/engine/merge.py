@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ def merge(
     out: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    weights: Sequence[float] | Mapping[str, float] | None = None,
+    weights: float | Sequence[float] | Mapping[str, float] | None = None,
     dtype: str | torch.dtype | None = None,
     tokenizer: str | Path | Mapping[str, Any] | None = None,
     chat_template: str | None = None,
@@ -71,7 +72,7 @@ def merge(
     `interfuse.json`, which says how it was made; `overwrite` lets it replace a folder, `resume` goes on where a run that was
     killed was, and leaves what one had finished, of the same models, as it is.
 
-    `weights` is one number a model (1 each; a mapping goes by the models' names), `dtype` the type of the result's
+    `weights` is a number for all or one a model (1; a mapping goes by the models' names), `dtype` the type of the result's
     floating-point tensors (that of the base or first). `tokenizer` (`"union"`, `"base"`, a model's path, or what a recipe has
     under `tokenizer`) gives models of other tokens, as paths, one vocabulary; `chat_template` is as in a recipe. `drop` and
     `keep` are patterns of tensors' names, as in a recipe: those that are left out (in a module, they stay the reference's),
@@ -204,7 +205,7 @@ def _recipe(
     models: Sequence[str],
     base: str | None,
     names: list[str] | None,
-    weights: Sequence[float] | Mapping[str, float] | None,
+    weights: float | Sequence[float] | Mapping[str, float] | None,
     dtype: str | None,
     seed: int,
     options: dict[str, Any],
@@ -274,12 +275,16 @@ def _kind_of(ref: Any) -> str:
 
 
 def _weights(
-    weights: Sequence[float] | Mapping[str, float] | None, names: list[str] | None, count: int
+    weights: float | Sequence[float] | Mapping[str, float] | None, names: list[str] | None, count: int
 ) -> tuple[list[float] | None, list[Problem]]:
     """One weight a model, None where they can't be told, and what is wrong with them."""
     if weights is None:
         return None, []
+    if isinstance(weights, Real):
+        return [float(weights)] * count, []
     if not isinstance(weights, Mapping):
+        if not isinstance(weights, Iterable) or isinstance(weights, str):
+            return None, [Problem("weights", f"got {weights!r}", "a number for all, one a model, or a mapping by name")]
         chosen = list(weights)
         fits = len(chosen) == count
         wrong = [] if fits else [Problem("weights", f"{len(chosen)} for {count} models", "give one a model")]
