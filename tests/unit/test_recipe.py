@@ -77,7 +77,7 @@ def test_every_problem_is_listed_at_once_with_its_path_and_value() -> None:
     assert "'maybe'" in found["models[1].freeze"]
     assert "got 1.5; should be a share between 0 and 1" in found["data.validation"]
     assert "got -1; at least 0" in found["training.epochs"]
-    assert "did you mean 'seed' or 'head'?" in found["sead"]
+    assert "did you mean 'seed', 'head' or 'heads'?" in found["sead"]
     assert "did you mean 'attention'?" in found["fusion"]
 
 
