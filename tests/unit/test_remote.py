@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
-from interfuse import moe
+from interfuse import extract_lora, moe
 from interfuse.checkpoints.remote.urls import cache_folder
 from interfuse.checkpoints.source import open_checkpoint
 from interfuse.engine.merge import merge
@@ -304,6 +304,17 @@ def test_verify_reads_the_commits_of_a_mixture(served: Server) -> None:
     found = verify("out", again=True, progress=False)
     assert found.good, found.text()
     assert sum(check.what == "inputs" and bool(check.good) for check in found.checks) == 3
+
+
+def test_verify_reads_the_commits_that_an_adapter_was_extracted_from(served: Server) -> None:
+    for seed, name in enumerate(("base", "tuned")):
+        write_decoder(served.folder / "org" / name, seed)
+    extract_lora("org/tuned", "org/base@main", "out", rank=2)
+    for seed, name in enumerate(("base", "tuned")):
+        write_decoder(served.move(f"org/{name}"), 5 + seed)
+    found = verify("out", again=True, progress=False)
+    assert found.good, found.text()
+    assert [check.good for check in found.checks if check.what == "inputs"] == [True, True]
 
 
 def test_commits_go_to_what_a_recipe_calls_them() -> None:

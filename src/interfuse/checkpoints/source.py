@@ -88,6 +88,11 @@ class Checkpoint:
         own = [] if self.store is None else [self.store]
         return list(dict.fromkeys([*own, *(store for checkpoint in self.within for store in checkpoint.stores())]))
 
+    def origins(self) -> dict[str, list[str]]:
+        """For a record: where it is exactly, its commit included, if it isn't on this machine."""
+        found = [store.origin for store in self.stores()]
+        return {"origins": found} if found else {}
+
     def hash(self) -> str:
         """The XXH3 of all names, types, shapes and bytes: equal tensors, equal hash, however they are stored."""
         return hash_of({name: (spec, hash_blocks(map(hash_block, self.blocks(name)))) for name, spec in self.specs.items()})

@@ -21,7 +21,7 @@ from interfuse.checkpoints.source import Checkpoint, hash_block, hash_blocks, ha
 from interfuse.engine.adapters.extract import extract_lora
 from interfuse.engine.adapters.merging import merge_adapters
 from interfuse.engine.chain import plan_recipes
-from interfuse.engine.opening import Commits, commits_of, open_references
+from interfuse.engine.opening import Commits, at_commit, commits_of, open_references
 from interfuse.engine.output.folder import merge_into
 from interfuse.errors import CheckpointError, Problem, UserError
 from interfuse.pipeline.adapting import prepared_by
@@ -256,10 +256,12 @@ def _adapter_file(path: str) -> Path:
 
 
 def _extracted(folder: Path, record: Mapping[str, Any], threads: int | None, device: str | None, progress: bool) -> _Made:
-    checks, there = _whole(record, lambda path: open_references([Reference.parse(path)])[Reference.parse(path)])
+    refs = {source["model"]: Reference.parse(source["model"]) for source in record["sources"]}
+    commits = commits_of(record["sources"], list(refs.values()))
+    checks, there = _whole(record, lambda path: open_references([refs[path]], commits=commits)[refs[path]])
 
     def again(target: Path) -> None:
-        model, base = (source["model"] for source in record["sources"])
+        model, base = (str(at_commit(refs[source["model"]], commits)) for source in record["sources"])
         extract_lora(model, base, target, overwrite=True, **record["options"])
 
     return _Made(checks, again if there else None)

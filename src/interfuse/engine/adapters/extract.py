@@ -148,7 +148,9 @@ def _record(
     return {
         "kind": "extracted adapter",
         "options": options,
-        "sources": [{"model": name, "xxh3": source.hash()} for name, source in zip(names, opened, strict=True)],
+        "sources": [
+            {"model": name, **source.origins(), "xxh3": source.hash()} for name, source in zip(names, opened, strict=True)
+        ],
         "error": error,
         "changes": [item._asdict() for item in done],
     }

@@ -139,19 +139,13 @@ def provenance(
         "method": plan.method,
         "recipes": list(recipes),
         "seed": plan.seed,
-        "sources": [{"model": s.name, **_origins(s), **read_hash(s, i, merging)} for i, s in enumerate(sources)],
+        "sources": [{"model": s.name, **s.origins(), **read_hash(s, i, merging)} for i, s in enumerate(sources)],
         "dtypes": sorted({output.spec.dtype for output in plan.outputs}),
         "plan": plan.digest(),
         "notes": list(plan.notes),
         "papers": [method.paper] if method.paper else [],
         "versions": {"interfuse": interfuse.__version__, "numpy": np.__version__, "python": platform.python_version()},
     }
-
-
-def _origins(source: Checkpoint) -> dict[str, list[str]]:
-    """Where a source that isn't on this machine is exactly, its commit included."""
-    found = [store.origin for store in source.stores()]
-    return {"origins": found} if found else {}
 
 
 def read_hash(source: Checkpoint, number: int, merging: Merging) -> dict[str, Any]:
