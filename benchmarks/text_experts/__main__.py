@@ -39,8 +39,8 @@ TUNED: tuple[tuple[int, Tuning], ...] = ((6, "all"), (3, "own"), (6, "own"), (6,
 
 def measure(given: Given) -> None:
     """All points, the most telling first. Further trained are those of the method that is best with all layers shared."""
-    for k in (LAYERS // 2, LAYERS):
-        result(given, k, "linear")
+    for method in ("linear", "iso_c", "tsv_m"):
+        result(given, LAYERS // 2, method)
     best = max(METHODS, key=lambda method: result(given, LAYERS, method).mean)
     for k in (k for k in DEPTHS if isinstance(k, int) and k >= LAYERS // 2):
         result(given, k, best)

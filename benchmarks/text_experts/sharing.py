@@ -21,11 +21,12 @@ from interfuse.transfer.sharing import SharedTrunk
 #: Usual values, none chosen by a score.
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {},
-    "task_arithmetic": {"weights": 0.3},
-    "ties": {"weights": 0.3, "density": 0.2, "normalize": False},
+    "task_arithmetic": {"lambda": 0.3},
+    "ties": {"lambda": 0.3, "density": 0.2, "normalize": False},
     "tsv_m": {},
     "iso_c": {},
 }
+COSTED = 8  # texts of a timed batch
 EMBEDDINGS, LAYERS = "encoder.embeddings", 6
 DEPTHS: tuple[int | str, ...] = (EMBEDDINGS, *range(1, LAYERS + 1))
 Tuning = Literal["merged", "own", "all", "distilled"]
@@ -124,9 +125,9 @@ def costs(given: Given, *, again: bool = False) -> dict[str, dict[str, float]]:
     path = given.folder / "costs.json"
     if again or not path.exists():
         inputs, _ = next(iter(next(iter(given.tasks.values())).loader("validation", shuffle=True)))
-        found = {}
+        inputs, found = {name: tensor[:COSTED] for name, tensor in inputs.items()}, {}
         for depth in (0, *DEPTHS):
-            price = cost(share(given, depth, "linear"), inputs)
+            price = cost(share(given, depth, "linear"), inputs, repeats=5, warmup=1)
             found[str(depth)] = {"parameters": price.parameters, "flops": price.flops, "latency": price.latency}
         path.write_text(json.dumps(found, indent=1))
     prices: dict[str, dict[str, float]] = json.loads(path.read_text())

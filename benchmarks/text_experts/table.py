@@ -81,7 +81,7 @@ def _tested(results: Sequence[Result], prices: Prices, records: Records) -> str:
         values = [f"{found.mean:.4f}", f"{fmean(found.test.values()):.4f}", f"{found.seconds:.0f}"]
         rows.append([shown(found.depth), f"`{found.method}`", TUNINGS[found.tuning], *price, *values])
     about = (
-        "Mean accuracies. Latency: 32 texts through all tasks in one pass. The first row's time is that of training the"
+        "Mean accuracies. Latency: 8 texts through all tasks in one pass. The first row's time is that of training the"
         " experts. Times were taken beside other work."
     )
     return f"## Merged, and trained further: tested\n\n{_table([heads, *rows])}\n\n{about}"
