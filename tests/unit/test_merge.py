@@ -362,7 +362,7 @@ def test_data_parallel_names_are_resolved() -> None:
 
 
 def test_one_number_weighs_every_model() -> None:
-    models = mappings([np.array([1, 2], np.float32), np.float32([3, 5])])
+    models = mappings([np.array([1, 2], np.float32), np.array([3, 5], np.float32)])
     base = {"t": np.array([0, 1], np.float32)}
     every = merge("task_arithmetic", models, base=base, weights=0.25)
     np.testing.assert_array_equal(one(every), one(merge("task_arithmetic", models, base=base, weights=[0.25, 0.25])))
