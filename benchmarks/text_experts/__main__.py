@@ -79,7 +79,7 @@ def main() -> None:
         return
     kept = given.kept()
     point = chosen(kept, prices, records)
-    if point is not None:
+    if point is not None and options.only is None:
         point = result(given, point.depth, point.method, point.tuning, test=True)
     page, pictures = (HERE, HERE.parent.parent / "docs") if options.out is None else (options.out, options.out)
     page.mkdir(parents=True, exist_ok=True)

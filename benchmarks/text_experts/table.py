@@ -75,10 +75,10 @@ def _tested(results: Sequence[Result], prices: Prices, records: Records) -> str:
     expert = {part: f"{mean_of(records, 'expert', part):.4f}" for part in ("validation", "test")}
     spent = f"{sum(record['seconds'] for record in records.values()):.0f}"
     rows = [["nothing", "", "", *_price(prices["0"]), expert["validation"], expert["test"], spent]]
-    kept = [r for r in results if r.test]
+    kept = [r for r in results if r.test or r.tuning != "merged"]
     for found in sorted(kept, key=lambda r: (-prices[str(r.depth)]["parameters"], r.mean)):
         price = _price(prices[str(found.depth)])
-        values = [f"{found.mean:.4f}", f"{fmean(found.test.values()):.4f}", f"{found.seconds:.0f}"]
+        values = [f"{found.mean:.4f}", f"{fmean(found.test.values()):.4f}" if found.test else "", f"{found.seconds:.0f}"]
         rows.append([shown(found.depth), f"`{found.method}`", TUNINGS[found.tuning], *price, *values])
     about = (
         "Mean accuracies. Latency: 8 texts through all tasks in one pass. The first row's time is that of training the"
@@ -93,15 +93,15 @@ def _price(price: Mapping[str, float]) -> list[str]:
 
 def _chosen(prices: Prices, records: Records, point: Result) -> str:
     ratio = prices["0"]["parameters"] / prices[str(point.depth)]["parameters"]
-    means = {part: fmean(getattr(point, part).values()) for part in ("validation", "test")}
+    parts = [part for part in ("validation", "test") if getattr(point, part)]
+    means = {part: fmean(getattr(point, part).values()) for part in parts}
     told = "; ".join(f"{part} {now:.4f}, the experts' {mean_of(records, 'expert', part):.4f}" for part, now in means.items())
-    heads = ["", *point.test]
-    rows = [
-        ["experts, test", *(f"{records[task]['expert']['test']:.4f}" for task in point.test)],
-        ["chosen, test", *(f"{value:.4f}" for value in point.test.values())],
-    ]
+    rows = [["", *point.validation]]
+    for part in parts:
+        rows.append([f"experts, {part}", *(f"{records[task]['expert'][part]:.4f}" for task in point.validation)])
+        rows.append([f"chosen, {part}", *(f"{getattr(point, part)[task]:.4f}" for task in point.validation)])
     how = f"{shown(point.depth)} shared, `{point.method}`, {TUNINGS[point.tuning]}"
-    return f"## Chosen\n\n{how}: {ratio:.1f} times fewer parameters than the experts; {told}.\n\n{_table([heads, *rows])}"
+    return f"## Chosen\n\n{how}: {ratio:.2f} times fewer parameters than the experts; {told}.\n\n{_table(rows)}"
 
 
 def shown(depth: int | str) -> str:
