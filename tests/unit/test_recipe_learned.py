@@ -170,6 +170,10 @@ def test_what_is_wrong_is_said_at_once(work: Path) -> None:
     }
     both = {"data": {"train": "test.npz", "test": "test.npz"}, "models": [net("a"), net("b")]}
     assert problems(learned(**both)) == {"data.train": "is data.test too"}
+    with pytest.raises(RecipeError, match="adamerging loads its models, and stands beside other recipes"):
+        check(
+            [{"name": "first", "merge_method": "linear", "models": [net("a"), net("b")]}, learned(models=["first", net("b")])]
+        )
     check(learned(**both, parameters={"split": "reported"}), trust_code=True)
     assert "models[0].data" in problems({"merge_method": "linear", "models": [net("a", data={"train": "one.npz"}), net("b")]})
 

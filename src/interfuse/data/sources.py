@@ -69,7 +69,7 @@ def load_data(
         return _images(Path(source), classes, look, where, labels)
     read = _reader(str(source), where)
     inputs, targets, named, present = read(str(source), input, target, look, where, labels)
-    shown = {"image_size": image_size, "mean": mean, "std": std}
+    shown: dict[str, Any] = {"image_size": image_size, "mean": mean, "std": std}
     return Data(inputs, targets, classes=classes or named, present=present, path=where, **shown)
 
 
@@ -208,8 +208,9 @@ def _datasets(source: str, input: Input, target: str | None, look: Look, where: 
     wanted = chosen(names, input, first, where)
     found = {name: _values(table, name, look, where) for name in columns_of(wanted)}
     alone = wanted.get("")
-    if isinstance(alone, str) and found[alone][1] is not None:
-        rows = np.flatnonzero(~found[alone][1])[:_SHOWN]
+    there = found[alone][1] if isinstance(alone, str) else None
+    if there is not None:
+        rows = np.flatnonzero(~there)[:_SHOWN]
         raise DataError(*(Problem(where, f"row {row + 1}: {alone} is empty", "a value in every row") for row in rows))
     present = {k: found[v][1] for k, v in wanted.items() if isinstance(v, str) and found[v][1] is not None}
     inputs = _together(wanted, {name: values for name, (values, _) in found.items()}, where)

@@ -254,14 +254,14 @@ class CrossStitch(Composite):
 def _joint_head(networks: nn.ModuleList, taps: Sequence[Tap], widths: Sequence[int], classes: int) -> nn.Linear:
     """A linear layer of all features side by side; the mean of the networks' own heads where these are such layers."""
     joint = nn.Linear(sum(widths), classes)
-    own = [module_at(network, tap.path) for network, tap in zip(networks, taps, strict=True)]
-    fits = [isinstance(m, nn.Linear) and m.out_features == classes for m in own]
-    fits = [fit and tap.side == "input" for fit, tap in zip(fits, taps, strict=True)]
     like = next((p for p in networks.parameters() if p.is_floating_point()), joint.weight)
-    if all(fits):
+    ends = [module_at(network, tap.path) for network, tap in zip(networks, taps, strict=True) if tap.side == "input"]
+    own = [end for end in ends if isinstance(end, nn.Linear) and end.out_features == classes]
+    if len(own) == len(networks):
+        biases: list[Tensor] = [end.bias if end.bias is not None else end.weight.new_zeros(classes) for end in own]
         with torch.no_grad():
-            joint.weight.copy_(torch.cat([m.weight for m in own], dim=1) / len(own))  # type: ignore[arg-type]
-            joint.bias.copy_(sum(m.bias if m.bias is not None else 0.0 for m in own) / len(own))  # type: ignore[operator, misc]
+            joint.weight.copy_(torch.cat([end.weight for end in own], dim=1) / len(own))
+            joint.bias.copy_(torch.stack(biases).mean(dim=0))
     return joint.to(like.device, like.dtype)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from interfuse.errors import Problem, RecipeError
 from interfuse.recipe.check import chooses
+from interfuse.recipe.learned import learns
 from interfuse.recipe.merges import entries_in, gives_tasks, tokenizer_models
 from interfuse.recipe.own_data import SOURCES
 from interfuse.recipe.pieces import pieces
@@ -134,7 +135,7 @@ def chain_problems(recipes: Sequence[Recipe]) -> list[Problem]:
         inside = f"documents[{i}]"
         if recipe.form != "merge":
             problems.append(Problem(f"{inside}.merge_method", "missing", "each recipe in a file of several is a merge"))
-        if chooses(recipe):
+        if chooses(recipe) or learns(recipe):
             wrong = f"{recipe.merge_method} loads its models, and stands beside other recipes"
             problems.append(Problem(f"{inside}.merge_method", wrong, "give it a file of its own"))
         if recipe.name is None and i < len(recipes) - 1:
