@@ -45,7 +45,7 @@ def _stitched(bench: Bench) -> Made:
 
 def _transplanted(bench: Bench) -> Made:
     """The upper part of the second seed's fine-tune in the first's; nothing is trained."""
-    below, above = seeds(bench)[:2]
+    below, above = seeds(bench, 2)
     spec = {"transplant": UPPER[bench.best], "of": [below.spec, above.spec]}
 
     def train(network: nn.Module) -> str:

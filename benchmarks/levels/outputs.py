@@ -21,12 +21,12 @@ def baselines(bench: Bench) -> Iterator[Row]:
         yield bench.row("parents", name, made)
     longer = bench.fine_tuned(bench.best, epochs=bench.longer)
     yield bench.row("baselines", f"{bench.best}, {bench.longer} epochs in place of {bench.epochs}", longer)
-    yield _row(bench, "baselines", f"two seeds of {bench.best}, ensemble", "probabilities", seeds(bench)[:2])
+    yield _row(bench, "baselines", f"two seeds of {bench.best}, ensemble", "probabilities", seeds(bench, 2))
 
 
-def seeds(bench: Bench) -> list[Made]:
+def seeds(bench: Bench, count: int = len(SEEDS)) -> list[Made]:
     """Fine-tunes of the best parent's pre-trained network: one start, other orders of the data."""
-    return [bench.fine_tuned(bench.best, seed=seed) for seed in SEEDS]
+    return [bench.fine_tuned(bench.best, seed=seed) for seed in SEEDS[:count]]
 
 
 def ensemble(bench: Bench, combine: Any, members: list[Made], *, calibrated: bool = False) -> Made:
