@@ -127,7 +127,7 @@ def costs(given: Given, *, again: bool = False) -> dict[str, dict[str, float]]:
         inputs, _ = next(iter(next(iter(given.tasks.values())).loader("validation", shuffle=True)))
         inputs, found = {name: tensor[:COSTED] for name, tensor in inputs.items()}, {}
         for depth in (0, *DEPTHS):
-            price = cost(share(given, depth, "linear"), inputs, repeats=5, warmup=1)
+            price = cost(share(given, depth, "linear"), inputs, repeats=2, warmup=1)
             found[str(depth)] = {"parameters": price.parameters, "flops": price.flops, "latency": price.latency}
         path.write_text(json.dumps(found, indent=1))
     prices: dict[str, dict[str, float]] = json.loads(path.read_text())
