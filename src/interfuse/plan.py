@@ -20,7 +20,7 @@ from interfuse.checkpoints.source import Checkpoint, TensorSpec
 from interfuse.checkpoints.tokenizers.embedding import is_vocabulary
 from interfuse.errors import CheckpointError, OptionError, Problem, UserError, nearest
 from interfuse.layout import Group, Header, Slot, layout
-from interfuse.layout.heads import apart
+from interfuse.layout.heads import apart, heads_note
 from interfuse.methods.calls import COPY, make_call
 from interfuse.methods.calls import Call as Call
 from interfuse.recipe import Recipe
@@ -171,7 +171,7 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[Reference, Checkpoint], *, c
     first = found.slots[0].group if found.slots else None
     lead = order[first.base or first.sources[0]] if first else 0
     layers = tuple((head, tuple((order[r], i) for r, i in picks)) for head, picks in found.layers.items())
-    notes = [*found.notes, *planner.notes(outputs)]
+    notes = [*found.notes, *planner.notes(outputs), *heads_note(recipe, checkpoints)]
     return Plan(
         method.name, tuple(c.name for c in checkpoints.values()), lead, tuple(outputs), layers, recipe.seed, tuple(notes)
     )

@@ -242,8 +242,11 @@ def test_recipes_of_folders(folders: Path) -> None:
         "models": [{"model": "two", "name": "small"}, {"model": "five", "name": "large"}],
         "heads": "separate",
     }
+    said = "each of 2 tasks keeps its own head, which isn't merged: classifier.bias, classifier.weight"
+    assert said in itf.run(recipe, "out", dry_run=True).notes
     record = itf.run(recipe, "out", progress=False)
     assert record.method == "task_arithmetic"
+    assert said in record.notes
     head = load_file(folders / "base" / "model.safetensors")["classifier.weight"]
     assert torch.equal(load_file(folders / "out" / "model.safetensors")["classifier.weight"], head)
     assert itf.load_model("out#large").get_parameter("classifier.bias").shape == (5,)

@@ -121,6 +121,15 @@ def heads_in(recipe: Recipe, checkpoints: Mapping[Reference, Checkpoint]) -> Hea
     return find_heads(shapes, recipe.heads or SEPARATE)
 
 
+def heads_note(recipe: Recipe, checkpoints: Mapping[Reference, Checkpoint]) -> list[str]:
+    """What is to be said of a sound merge's heads; nothing without any."""
+    if recipe.heads is None:
+        return []
+    names = sorted(heads_in(recipe, checkpoints).names)
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return [f"each of {len(models_of(recipe, checkpoints))} tasks keeps its own head, which isn't merged: {shown}"]
+
+
 def apart(recipe: Recipe, checkpoints: Mapping[Reference, Checkpoint]) -> Recipe:
     """The recipe of the trunk: heads are kept as the base (else the first model) has them, and dropped where it has none.
 

@@ -197,9 +197,9 @@ def _described(recipe: Recipe) -> str:
         lines.append(f"model {name}: {entry.model}" + "".join(f", {key} {value}" for key, value in more.items()))
     for i, stage in enumerate(recipe.stages or (), 1):
         lines.append(f"{stage.name or f'stage {i}'}: {stage.model_dump(exclude_none=True, exclude={'name'})}")
-    for key in ("base_model", "target", "head", "data", "training", "evaluate"):
+    for key in ("base_model", "target", "heads", "head", "data", "training", "evaluate"):
         value = getattr(recipe, key)
         if value is not None:
-            shown = value if isinstance(value, str) else value.model_dump(exclude_none=True)
+            shown = value if isinstance(value, str | list) else value.model_dump(exclude_none=True)
             lines.append(f"{key}: {shown}")
     return "\n".join([*lines, f"seed: {recipe.seed}"])
