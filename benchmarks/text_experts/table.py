@@ -31,8 +31,9 @@ def chosen(results: Sequence[Result], prices: Prices, records: Records) -> Resul
 
 def markdown(results: Sequence[Result], prices: Prices, records: Records, point: Result | None) -> str:
     """Experts; merged networks by method and depth; networks trained further; what was chosen."""
-    parts = [_experts(records), _merged(results), _tested(results, prices, records)]
-    return "\n\n".join([*parts, *([] if point is None else [_chosen(prices, records, point)])])
+    nothing = "## Chosen\n\nThe experts: no network that was measured is within a point of their mean."
+    last = nothing if point is None else _chosen(prices, records, point)
+    return "\n\n".join([_experts(records), _merged(results), _tested(results, prices, records), last])
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -66,7 +67,7 @@ def _merged(results: Sequence[Result]) -> str:
         [shown(depth), *(f"{found[m, depth].mean:.4f}" if (m, depth) in found else "" for m in METHODS)] for depth in DEPTHS
     ]
     options = "; ".join(f"`{m}` {', '.join(f'{k} {v}' for k, v in o.items())}" for m, o in METHODS.items() if o)
-    about = f"Mean validation accuracy. Options that aren't the defaults: {options}."
+    about = f"Mean validation accuracy; blank cells weren't measured. Options that aren't the defaults: {options}."
     return f"## Merged, nothing trained\n\n{_table([heads, *rows])}\n\n{about}"
 
 
