@@ -5,9 +5,9 @@ that of all it starts. Models are bf16 files of a single tensor, made by writing
 fine-tune is the base plus noise so small that a good part of the differences is 0. Files that are mapped aren't own memory.
 A process is stopped from taking more than 3 GB of data. Linux; the folder given needs 20 GB, and isn't kept in memory.
 
-    python -m benchmarks.merge_memory [--work FOLDER] [--only METHOD ...]
+    python -m benchmarks.merge_memory [--work FOLDER] [--only METHOD ...] [--missing]
 
-With --only the rows of other methods stay as they were.
+With --only the rows of other methods stay as they were, with --missing all that the table has.
 """
 
 from __future__ import annotations
@@ -85,13 +85,16 @@ LARGE = [
     Case("linear", base=False), Case("ties", options=HALF), Case("della", options=HALF),
     Case("sce", options={"select_topk": 0.5}), Case("model_stock"),
 ]  # fmt: skip
-ROW = [Case("ties", options=HALF), Case("della", options=HALF), Case("model_stock", options={"filter_wise": True})]
+ROW = [
+    Case("linear", base=False), Case("ties", options=HALF), Case("della", options=HALF),
+    Case("sce", options={"select_topk": 0.5}), Case("model_stock", options={"filter_wise": True}),
+]  # fmt: skip
 MANY = [
     Case(case.method, 64, case.base, case.options)
     for case in ALL
     if case.models > 1 and case.method != "nuslerp"
 ]  # fmt: skip
-SPECTRAL = [Case("iso_c"), Case("tsv_m"), Case("wudi")]
+SPECTRAL = [Case("iso_c"), Case("tsv_m"), Case("wudi"), Case("wudi", options={"solver": "descent", "steps": 10})]
 
 PARTS: list[tuple[tuple[int, int], list[Case]]] = [
     ((20_000, 25_000), ALL),
@@ -107,11 +110,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where models are written")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="these alone; the table's other rows stay")
+    parser.add_argument("--missing", action="store_true", help="only what the table hasn't")
     chosen = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_DATA, (MOST, MOST))  # processes that this one starts have it too
     rows = _former()
     for shape, cases in PARTS:
         wanted = [case for case in cases if not chosen.only or case.method in chosen.only]
+        wanted = [case for case in wanted if not (chosen.missing and _name(shape, case) in rows)]
         for name, took in _measured(shape, wanted, chosen.work) if wanted else ():
             rows[name] = took
             print(name + took, flush=True)
@@ -166,6 +171,7 @@ def make_models(folder: Path, shape: tuple[int, int], count: int) -> None:
 
 def _table(rows: Mapping[str, str]) -> str:
     names = [_name(shape, case) for shape, cases in PARTS for case in cases]
+    untold = [f"{case} with {case.models} models" for shape, cases in PARTS for case in cases if _name(shape, case) not in rows]
     processor = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     return "\n".join([
         "# Memory",
@@ -181,7 +187,8 @@ def _table(rows: Mapping[str, str]) -> str:
         "  are bounded by their largest matrix: the last rows. They hold its deltas in float32 (4 bytes a parameter and model)",
         "  and 4 to 9 copies of it in float64, on every thread that has such a matrix.",
         "- Every thread has its buffers, so memory grows a little with the processor's cores. Seconds are those of a shared",
-        "  machine, with files on a disk, and say little.",
+        "  machine, busy or not, with files on a disk, and say little.",
+        *([f"- Not measured yet: {'; '.join(untold)}."] if untold else []),
         f"- {CORES} cores ({processor}), Python {platform.python_version()}.",
         "- To get it again: `python -m benchmarks.merge_memory`, which needs 20 GB of disk.",
         "",
