@@ -191,7 +191,7 @@ tokenizer_source: unoin
 sead: 1
 """
     lines = said(recipe, work, capsys)
-    assert lines[:2] == ["sead: unknown key; did you mean 'seed' or 'head'?", WEIGHTS]
+    assert lines[:2] == ["sead: unknown key; did you mean 'seed', 'head' or 'heads'?", WEIGHTS]
     assert lines[2].startswith("models[1].model: nobody/nothing: is no file or folder here")
     assert lines[3:] == ["tokenizer_source: got 'unoin'; did you mean 'union'?"]
     sound = recipe.replace("sead: 1\n", "").replace("weight: -1", "weight: 1")
