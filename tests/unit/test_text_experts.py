@@ -34,7 +34,7 @@ def parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     monkeypatch.setattr(main, "TESTED", 16)
     monkeypatch.setattr(main, "TUNED", ((6, "own"), (3, "distilled")))
     for module in (main, found["sharing"], found["table"]):
-        monkeypatch.setattr(module, "METHODS", {"linear": {}, "iso_c": {}})
+        monkeypatch.setattr(module, "METHODS", {"linear": {}, "iso_c": {}, "tsv_m": {}})
         monkeypatch.setattr(module, "DEPTHS", (found["sharing"].EMBEDDINGS, 3, 6))
     return found
 
