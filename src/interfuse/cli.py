@@ -227,7 +227,9 @@ def export(
 
 @app.command()
 def verify(
-    out: Annotated[Path, typer.Argument(help="The output folder of a merge, a mixture, a transplant or an adapter.", metavar="OUT")],
+    out: Annotated[
+        Path, typer.Argument(help="The output folder of a merge, a mixture, a transplant or an adapter.", metavar="OUT")
+    ],
     again: Annotated[bool, typer.Option("--again", help="Also make it once more, and compare bit for bit.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="How many CPU threads that run has.")] = None,
     device: Device = None,
