@@ -372,6 +372,20 @@ def test_one_number_weighs_every_model() -> None:
             merge("task_arithmetic", models, base=base, weights=wrong)  # type: ignore[arg-type]
 
 
+def test_a_base_may_be_listed_among_the_models() -> None:
+    base, first, second = [net(seed) for seed in range(3)]
+    pairs = [
+        (merge("slerp", [base, first], base=base, t=0.3), merge("slerp", [first], base=base, t=0.3)),
+        (
+            merge("task_arithmetic", [base, first, second], base=base, weights=[7, 0.5, 2]),
+            merge("task_arithmetic", [first, second], base=base, weights=[0.5, 2]),
+        ),
+    ]
+    for listed, alone in pairs:
+        for name, value in alone.state_dict().items():
+            assert torch.equal(listed.state_dict()[name], value), name
+
+
 def test_weights_go_by_name() -> None:
     models = {"a": {"t": np.zeros(1, np.float32)}, "b": {"t": np.ones(1, np.float32)}}
     assert one(merge("linear", models, weights={"b": 3}))[0] == 0.75

@@ -191,13 +191,16 @@ def _named(
     called = names or [f"models[{i}]" for i in range(len(refs))]
     given: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
-    places = ([("base", base)] if base is not None else []) + list(zip(called, refs, strict=True))
+    places = list(zip(called, refs, strict=True))
+    ancestor = next((name for name, ref in places if ref is base), "base")  # it may be listed among the models, as in recipes
+    if base is not None and ancestor == "base":
+        places.insert(0, ("base", base))
     for name, ref in places:
         try:
             given[name] = replace(open_checkpoint(ref), name=f"{name} ({type(ref).__name__})")
         except UserError as error:
             problems += [Problem(f"{name}: {p.path}".rstrip(": "), p.wrong, p.allowed) for p in error.problems]
-    return given, called, None if base is None else "base", problems
+    return given, called, None if base is None else ancestor, problems
 
 
 def _recipe(

@@ -147,7 +147,7 @@ def tokenizer_models(recipe: Recipe) -> list[tuple[str, Any]]:
 def _bases(recipe: Recipe, method: Method, found: list[Piece]) -> Iterator[Problem]:
     if "base" in method.needs:
         if recipe.base_model is None and not (found and all(piece.base for piece in found)):
-            yield Problem("base_model", "missing", f"{method.name} merges differences from a common base")
+            yield Problem("base_model", "missing", f"{method.name} needs {method.needs}")
         for piece in found:
             if piece.base is not None and all(source.model == piece.base for source in piece.sources):
                 wrong = "none besides the base"
