@@ -381,6 +381,7 @@ def test_a_base_may_be_listed_among_the_models() -> None:
             merge("task_arithmetic", [first, second], base=base, weights=[0.5, 2]),
         ),
     ]
+    pairs += [(merge("ties", [base] * count, base=base, density=1.0), base) for count in (1, 3)]  # no list of others
     for listed, alone in pairs:
         for name, value in alone.state_dict().items():
             assert torch.equal(listed.state_dict()[name], value), name

@@ -192,7 +192,8 @@ def _named(
     given: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
     places = list(zip(called, refs, strict=True))
-    ancestor = next((name for name, ref in places if ref is base), "base")  # it may be listed among the models, as in recipes
+    same = [name for name, ref in places if ref is base]  # it may be listed among the models, as in recipes
+    ancestor = same[0] if len(same) == 1 < len(refs) else "base"
     if base is not None and ancestor == "base":
         places.insert(0, ("base", base))
     for name, ref in places:
