@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from tests.unit.recipes import SEEDED, folder_of, net
 from torch import nn
 
 import interfuse as itf
@@ -22,16 +22,6 @@ from interfuse.models import load_tokenizer
 from interfuse.pipeline import compare_runs, load_run, run
 
 NETS = """
-import torch
-from torch import nn
-
-def _seeded(seed, *layers):
-    torch.manual_seed(seed)
-    for layer in layers:
-        if hasattr(layer, "reset_parameters"):
-            layer.reset_parameters()
-    return nn.Sequential(*layers)
-
 def net(seed=1, classes=3):
     parts = [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()]
     return _seeded(seed, *parts, nn.Linear(8, classes))
@@ -47,20 +37,12 @@ def wide():
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with two tasks' data over the same inputs, and code that builds networks; it is the current folder."""
-    (tmp_path / "layernets.py").write_text(NETS)
     draw = np.random.default_rng(0)
     for name, count in (("train", 90), ("held", 45), ("test", 60)):
         which = np.arange(count) % 3
         x = draw.normal(size=(count, 6)).astype(np.float32) + 2 * np.eye(6, dtype=np.float32)[which]
         np.savez(tmp_path / f"{name}.npz", x=x, which=which, first=(which == 0).astype(np.int64))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield tmp_path
-    sys.modules.pop("layernets", None)
-
-
-def net(function: str, **more: Any) -> dict[str, Any]:
-    return {"model": f"python:layernets:{function}", **more}
+    yield from folder_of(SEEDED + NETS, tmp_path, monkeypatch)
 
 
 def trunk(**changes: Any) -> dict[str, Any]:
@@ -97,8 +79,8 @@ def same(first: nn.Module, second: nn.Module) -> None:
 def test_a_trunk_of_a_given_depth(work: Path) -> None:
     record = run(trunk(parameters={"depth": 3}, data={"test": "test.npz"}), "out", trust_code=True, progress=False)
     shared = load_run("out", trust_code=True)
-    from layernets import net as build  # type: ignore[import-not-found]
-    from layernets import other
+    from recipenets import net as build  # type: ignore[import-not-found]
+    from recipenets import other
 
     expected = itf.share_trunk({"which": build(), "first": other()}, 3)
     same(shared, expected)
@@ -129,8 +111,8 @@ def test_the_depth_is_found_by_validation_and_the_curve_is_drawn(work: Path, cap
         (point["parameters"] for point in found["curve"]["points"]), reverse=True
     )
     assert "<svg" in (work / "out" / "curve.svg").read_text()
-    from layernets import net as build
-    from layernets import other
+    from recipenets import net as build
+    from recipenets import other
 
     shared = itf.share_trunk({"which": build(), "first": other()}, found["curve"]["chosen"], weights=[0.7, 0.3])
     same(load_run("out", trust_code=True), shared)
@@ -151,8 +133,8 @@ def test_tasks_of_a_trunk_are_trained_together_and_repeat(work: Path) -> None:
     assert len(record.training["history"]) == 4
     run("out/recipe.yaml", "again", trust_code=True, progress=False)
     assert (work / "out/model.safetensors").read_bytes() == (work / "again/model.safetensors").read_bytes()
-    from layernets import net as build
-    from layernets import other
+    from recipenets import net as build
+    from recipenets import other
 
     merged, made = itf.share_trunk({"which": build(), "first": other()}, 4), load_run("out", trust_code=True).state_dict()
     for name, value in merged.state_dict().items():
@@ -194,8 +176,8 @@ def test_a_stitch_says_what_survives(work: Path) -> None:
         "data": {"train": "train.npz", "test": "test.npz", "target": "which"},
     }
     record = run(recipe, "out", trust_code=True, progress=False)
-    from layernets import net as build
-    from layernets import wide
+    from recipenets import net as build
+    from recipenets import wide
 
     samples = load_data("train.npz", target="which")
     expected = itf.stitch(build(), wide(), ("3", "1"), samples, test=load_data("test.npz", target="which"), progress=False)
@@ -236,7 +218,7 @@ def test_what_is_wrong_is_said_at_once(work: Path, capsys: pytest.CaptureFixture
         parameters={"method": "ties", "tolerance": 2, "options": {"densty": 1}, "depth": "auto"},
         models=[net("net", name="which", data={"target": "which", "validation": "none.npz"}), net("other", name="first")],
         data={"test": "test.npz"},
-        target="python:layernets:wide",
+        target="python:recipenets:wide",
     )
     with pytest.raises(RecipeError) as raised:
         run(wrong, "out", trust_code=True)
@@ -252,7 +234,7 @@ def test_what_is_wrong_is_said_at_once(work: Path, capsys: pytest.CaptureFixture
         run(tied(parameters={}, data={"validation": 0.1}, training={"metric": "f1"}, stages=[]), "out", trust_code=True)
     found = {p.path for p in raised.value.problems}
     assert found >= {"parameters.layers", "models[0].data.train", "models[1].data.train", "training.metric"}
-    (work / "wrong.yaml").write_text("fusion: stitch\nmodels: [python:layernets:net]\nparameters: {at: [a]}\n")
+    (work / "wrong.yaml").write_text("fusion: stitch\nmodels: [python:recipenets:net]\nparameters: {at: [a]}\n")
     with pytest.raises(SystemExit) as end:
         main(["run", "wrong.yaml", "out"])
     assert end.value.code == 2
@@ -295,7 +277,7 @@ def test_one_task_of_an_output_is_a_model(work: Path) -> None:
     assert record.test is not None
     assert record.test["value"] == pytest.approx(accuracy(shared.network("first"), "first"))
     same(load_run("again", trust_code=True), shared.network("first"))
-    with pytest.raises(RecipeError, match=r"is built by python:layernets:net, python:layernets:other, which runs code"):
+    with pytest.raises(RecipeError, match=r"is built by python:recipenets:net, python:recipenets:other, which runs code"):
         run(recipe, "never")
     with pytest.raises(ModelError, match="has no task 'frist'; did you mean 'first'"):
         run(recipe | {"models": ["./out#frist"]}, "never", trust_code=True, progress=False)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.numpy import load_file, save_file
+from tests.unit.recipes import SEEDED, built, folder_of, net
 from torch import nn
 
 from interfuse.data import load_data
@@ -24,16 +25,6 @@ from interfuse.inference.predict import predict
 from interfuse.pipeline import check, compare_runs, load_run, run
 
 NETS = """
-import torch
-from torch import nn
-
-def _seeded(seed, *layers):
-    torch.manual_seed(seed)
-    for layer in layers:
-        if hasattr(layer, "reset_parameters"):
-            layer.reset_parameters()
-    return nn.Sequential(*layers)
-
 def cnn():
     layers = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)
     return _seeded(1, *layers)
@@ -57,8 +48,7 @@ def broken():
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with data, code to build networks, and a cache of its own; it is the current folder."""
-    (tmp_path / "pipelinenets.py").write_text(NETS)
+    """A folder with data, and code to build networks; it is the current folder."""
     draw = np.random.default_rng(0)
     for name, count in (("train", 96), ("test", 48)):
         y = np.arange(count) % 3
@@ -66,14 +56,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         for i, label in enumerate(y):
             x[i, 2 * label : 2 * label + 2] += 150
         np.savez(tmp_path / f"{name}.npz", x=x, y=y)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield tmp_path
-    sys.modules.pop("pipelinenets", None)
-
-
-def net(function: str, **more: Any) -> dict[str, Any]:
-    return {"model": f"python:pipelinenets:{function}", **more}
+    yield from folder_of(SEEDED + NETS, tmp_path, monkeypatch)
 
 
 def fusion(**changes: Any) -> dict[str, Any]:
@@ -135,7 +118,7 @@ def test_an_ensemble_is_evaluated_without_training(work: Path) -> None:
     model = load_run("out", trust_code=True)
     same(model, work / "out")
     x = torch.rand(4, 1, 6, 6)
-    parents = [load_run_of(name) for name in ("mlp", "mlp2")]
+    parents = [built(name) for name in ("mlp", "mlp2")]
     mean = torch.stack([parent(x).softmax(1) for parent in parents]).mean(0)
     torch.testing.assert_close(model(x).softmax(1), mean)
 
@@ -153,15 +136,9 @@ def test_an_ensemble_learns_from_validation_data(combine: str, work: Path) -> No
     same(model, work / "out")
 
 
-def load_run_of(name: str) -> nn.Module:
-    from interfuse.models import load_model
-
-    return load_model(f"python:pipelinenets:{name}", trust_code=True)
-
-
 def test_one_model_alone_is_trained_whole_or_only_its_last_layer(work: Path) -> None:
     data = {"train": "train.npz", "validation": 0.25, "test": "test.npz"}
-    start = load_run_of("mlp").state_dict()
+    start = built("mlp").state_dict()
     for freeze, moved in ((False, 4), (True, 2)):
         recipe = {"models": [net("mlp", freeze=freeze)], "data": data, "training": {"epochs": 1, "learning_rate": 0.01}}
         record = run(recipe, f"out-{freeze}", trust_code=True, progress=False)
@@ -176,7 +153,7 @@ def test_one_model_alone_is_trained_whole_or_only_its_last_layer(work: Path) -> 
 
 def test_training_may_be_of_parts_or_of_factors(work: Path) -> None:
     data = {"train": "train.npz", "validation": 0.25}
-    start = load_run_of("mlp").state_dict()
+    start = built("mlp").state_dict()
     for name, how, moved in (
         ("head", {"train_only": "head"}, {"3.weight", "3.bias"}),
         ("lora", {"lora": 2, "layer_decay": 0.5, "l2_sp": 0.1, "precision": "32-true"}, {"1.weight", "3.weight", "3.bias"}),
@@ -191,7 +168,7 @@ def test_one_model_alone_can_only_be_evaluated(work: Path) -> None:
     record = run({"models": [net("mlp")], "data": {"test": "test.npz"}}, "out", trust_code=True, progress=False)
     assert record.training is None
     assert record.test is not None
-    start = load_run_of("mlp").state_dict()
+    start = built("mlp").state_dict()
     assert all(np.array_equal(value, start[name].numpy()) for name, value in weights(work / "out").items())
 
 
@@ -204,13 +181,13 @@ def test_a_probe_needs_a_linear_layer_at_the_end(work: Path) -> None:
 def test_a_merge_of_networks(work: Path) -> None:
     recipe = {
         "merge_method": "task_arithmetic",
-        "base_model": "python:pipelinenets:mlp",
+        "base_model": "python:recipenets:mlp",
         "models": [net("mlp2", parameters={"weight": 0.4})],
         "parameters": {"lambda": 0.5},
         "data": {"test": "test.npz"},
     }
     run(recipe, "out", trust_code=True, progress=False)
-    base, expert = load_run_of("mlp").state_dict(), load_run_of("mlp2").state_dict()
+    base, expert = built("mlp").state_dict(), built("mlp2").state_dict()
     for name, value in weights(work / "out").items():
         torch.testing.assert_close(torch.from_numpy(value), base[name] + 0.2 * (expert[name] - base[name]))
     same(load_run("out", trust_code=True), work / "out")
@@ -219,13 +196,13 @@ def test_a_merge_of_networks(work: Path) -> None:
 def test_a_transplant_copies_into_its_target(work: Path) -> None:
     recipe = {
         "fusion": "transplant",
-        "target": "python:pipelinenets:wide",
+        "target": "python:recipenets:wide",
         "models": [net("mlp")],
         "parameters": {"rules": {"1.*": "1.*", "*": None}},
         "data": {"test": "test.npz"},
     }
     record = run(recipe, "out", trust_code=True, progress=False)
-    start, source, made = load_run_of("wide").state_dict(), load_run_of("mlp").state_dict(), weights(work / "out")
+    start, source, made = built("wide").state_dict(), built("mlp").state_dict(), weights(work / "out")
     for name in made:
         assert np.array_equal(made[name], (source if name.startswith("1.") else start)[name].numpy()), name
     assert any(note.startswith("from mlp: ") for note in record.notes)
@@ -235,7 +212,7 @@ def test_a_transplant_copies_into_its_target(work: Path) -> None:
 def test_stages_build_up_their_target(work: Path) -> None:
     recipe = {
         "fusion": "stages",
-        "target": "python:pipelinenets:mlp",
+        "target": "python:recipenets:mlp",
         "models": [net("mlp2", name="a"), net("wide", name="b")],
         "stages": [
             {"name": "copy", "copied": {"a": ["1.*"]}, "training": {"train_only": "head", "epochs": 1}},
@@ -255,7 +232,7 @@ def test_stages_build_up_their_target(work: Path) -> None:
     first = weights(work / "out")
     run("out/recipe.yaml", "again", trust_code=True, progress=False)
     assert all(np.array_equal(first[name], value) for name, value in weights(work / "again").items())
-    assert "target: python:pipelinenets:mlp" in run(recipe, "dry", trust_code=True, dry_run=True).text()
+    assert "target: python:recipenets:mlp" in run(recipe, "dry", trust_code=True, dry_run=True).text()
 
 
 def test_what_is_wrong_with_layers_is_said_at_once(work: Path) -> None:
@@ -297,7 +274,7 @@ def test_outputs_are_models_of_further_recipes(work: Path) -> None:
     run(fusion(models=["one", net("cnn")]), "two", trust_code=True, progress=False)
     same(load_run("two", trust_code=True), work / "two")
     run({"merge_method": "linear", "models": ["one", net("mlp")]}, "three", trust_code=True, progress=False)
-    halfway = (weights(work / "one")["1.weight"] + load_run_of("mlp").state_dict()["1.weight"].numpy()) / 2
+    halfway = (weights(work / "one")["1.weight"] + built("mlp").state_dict()["1.weight"].numpy()) / 2
     np.testing.assert_allclose(weights(work / "three")["1.weight"], halfway, atol=1e-6)
 
 
@@ -396,8 +373,8 @@ def test_a_failure_leaves_nothing_behind(work: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("interfuse.pipeline.networks.write_model", fail)
     with pytest.raises(KeyboardInterrupt):
         run(fusion(training={"epochs": 0}), "out", trust_code=True, progress=False)
-    after = sorted(p.name for p in work.iterdir() if p.name not in ("cache", "__pycache__"))
-    assert after == [name for name in before if name not in ("cache", "__pycache__")]
+    after = sorted(p.name for p in work.iterdir() if p.name != "__pycache__")
+    assert after == [name for name in before if name != "__pycache__"]
 
 
 def test_an_output_that_is_there_needs_overwrite_and_inputs_are_never_replaced(work: Path) -> None:
@@ -416,7 +393,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(work: Path) -> Non
     record = run(fusion(), "out", trust_code=True, dry_run=True)
     assert record.out is None
     assert "fusion: attention\n  heads: 1" in record.plan
-    assert "model mlp: python:pipelinenets:mlp" in record.plan
+    assert "model mlp: python:recipenets:mlp" in record.plan
     assert sorted(work.iterdir()) == before
     checkpoints(work, "a", "b")
     merged = run({"merge_method": "linear", "models": ["a", "b"]}, "out", dry_run=True)
@@ -519,12 +496,12 @@ def test_runs_recipes_and_models_are_compared_on_the_same_data(work: Path) -> No
     (work / "both.yaml").write_text(
         yaml.safe_dump({"fusion": "ensemble", "models": [net("mlp"), net("cnn")], "data": {"test": "test.npz"}})
     )
-    references = ["out", "both.yaml", "python:pipelinenets:mlp"]
+    references = ["out", "both.yaml", "python:recipenets:mlp"]
     comparison = compare_runs(references, "test.npz", trust_code=True, progress=False)
     assert [row.name for row in comparison.rows] == ["out", "both", "mlp"]
     about = json.loads((work / "out" / "interfuse.json").read_text())
     assert comparison["out"].score.value == pytest.approx(about["run"]["test"]["value"])
-    with pytest.raises(OptionError, match=r"both\.yaml: models\[0\]\.model: python:pipelinenets:mlp runs code"):
+    with pytest.raises(OptionError, match=r"both\.yaml: models\[0\]\.model: python:recipenets:mlp runs code"):
         compare_runs(references, "test.npz")
 
 
@@ -581,7 +558,7 @@ def test_runs_of_other_classes_are_not_compared(work: Path) -> None:
 def test_a_folder_built_by_code_needs_trust_before_anything_is_loaded(work: Path) -> None:
     run({"models": [net("mlp")], "data": {"test": "test.npz"}}, "a", trust_code=True, progress=False)
     run({"fusion": "ensemble", "models": ["a"]}, "b", trust_code=True, progress=False)
-    with pytest.raises(RecipeError, match=r"models\[0\]\.model: .*b is built by python:pipelinenets:mlp, which runs code"):
+    with pytest.raises(RecipeError, match=r"models\[0\]\.model: .*b is built by python:recipenets:mlp, which runs code"):
         run({"fusion": "mean", "models": ["b"], "data": {"train": "train.npz"}}, "c", dry_run=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tests.unit.recipes import folder_of, net
 
 from interfuse import ModelFusion, OptionError, load_run, predict, run, write_report
 from interfuse.data import load_data
@@ -41,7 +41,6 @@ def number():
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with a csv of pictures, reviews and numbers, some of them missing; it is the current folder."""
     image = pytest.importorskip("PIL.Image")
-    (tmp_path / "inputnets.py").write_text(NETS)
     draw, rows = np.random.default_rng(0), ["picture,review,a,b,label"]
     for i in range(48):
         y = i % 2
@@ -50,13 +49,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         picture, review = f"{i}.png" if i % 5 else "", ("good film" if y else "bad dull") if i % 4 else ""
         rows.append(f"{picture},{review},{numbers if i % 7 or i % 5 == 0 else ','},{'yes' if y else 'no'}")
     (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    sys.modules.pop("inputnets", None)
-
-
-def net(function: str, **more: Any) -> dict[str, Any]:
-    return {"model": f"python:inputnets:{function}", **more}
+    yield from folder_of(NETS, tmp_path, monkeypatch)
 
 
 def recipe(**changes: Any) -> dict[str, Any]:

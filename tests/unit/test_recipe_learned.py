@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.numpy import load_file
-from torch import nn
+from tests.unit.recipes import built, folder_of, net, problems, quadrants
 
 from interfuse.cli import main
 from interfuse.data import load_data
@@ -53,42 +52,24 @@ def other():
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with data and code, which is the current folder."""
-    (tmp_path / "learnednets.py").write_text(NETS)
     draw = np.random.default_rng(0)
     for name, count in (("one", 64), ("two", 64), ("test", 48)):
-        x = draw.normal(size=(count, 4)).astype(np.float32)
-        np.savez(tmp_path / f"{name}.npz", x=x, y=(x[:, 0] > 0).astype(np.int64) + (x[:, 1] > 0))
+        x, y = quadrants(draw, count)
+        np.savez(tmp_path / f"{name}.npz", x=x, y=y)
         np.savez(tmp_path / f"{name}-bare.npz", x=x)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    sys.modules.pop("learnednets", None)
-
-
-def net(function: str, **more: Any) -> dict[str, Any]:
-    return {"model": f"python:learnednets:{function}", **more}
+    yield from folder_of(NETS, tmp_path, monkeypatch)
 
 
 def learned(**changes: Any) -> dict[str, Any]:
     return {
         "merge_method": "adamerging",
-        "base_model": "python:learnednets:base",
+        "base_model": "python:recipenets:base",
         "models": [net("a", data={"train": "one.npz"}), net("b", data={"train": "two.npz"})],
         "parameters": {"steps": 6},
         "training": {"learning_rate": 0.05},
         "data": {"test": "test.npz"},
         **changes,
     }
-
-
-def built(name: str) -> nn.Module:
-    return load_model(f"python:learnednets:{name}", trust_code=True)
-
-
-def problems(recipe: dict[str, Any]) -> dict[str, str]:
-    with pytest.raises(RecipeError) as raised:
-        run(recipe, "none", trust_code=True)
-    assert not Path("none").exists()
-    return {problem.path: problem.wrong for problem in raised.value.problems}
 
 
 @pytest.mark.parametrize("per", ["task", "layer"])

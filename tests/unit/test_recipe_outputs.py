@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from torch import nn
+from tests.unit.recipes import built, folder_of, net, problems, quadrants
 
 from interfuse.cli import main
 from interfuse.data import load_data
 from interfuse.data.joining import joined
 from interfuse.ensemble.network import Ensemble
-from interfuse.errors import DataError, RecipeError
+from interfuse.errors import DataError
 from interfuse.inference.predict import predict
-from interfuse.models import load_model
 from interfuse.pipeline import compare_runs, load_run, run
 from interfuse.training.distill import distill
 
@@ -55,49 +53,30 @@ def number():
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with data and code, which is the current folder."""
-    (tmp_path / "outputnets.py").write_text(NETS)
     draw = np.random.default_rng(0)
     names = np.array(["cat", "dog", "owl"])
     for name, count in (("train", 96), ("test", 48)):
-        x = draw.normal(size=(count, 4)).astype(np.float32)
-        y = (x[:, 0] > 0).astype(np.int64) + (x[:, 1] > 0)
+        x, y = quadrants(draw, count)
         np.savez(tmp_path / f"{name}.npz", x=x, y=y)
         np.savez(tmp_path / f"{name}-named.npz", x=x, y=names[y])
         np.savez(tmp_path / f"{name}-bare.npz", x=x)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    sys.modules.pop("outputnets", None)
-
-
-def net(function: str, **more: Any) -> dict[str, Any]:
-    return {"model": f"python:outputnets:{function}", **more}
+    yield from folder_of(NETS, tmp_path, monkeypatch)
 
 
 def student(**changes: Any) -> dict[str, Any]:
     return {
         "fusion": "distill",
         "models": [net("a"), net("b")],
-        "target": "python:outputnets:student",
+        "target": "python:recipenets:student",
         "data": {"train": "train.npz", "validation": 0.25, "test": "test.npz"},
         "training": {"epochs": 2, "learning_rate": 0.01, "batch_size": 16},
         **changes,
     }
 
 
-def built(name: str) -> nn.Module:
-    return load_model(f"python:outputnets:{name}", trust_code=True)
-
-
 def weights(folder: str) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = load_file(Path(folder) / "model.safetensors")
     return found
-
-
-def problems(recipe: dict[str, Any]) -> dict[str, str]:
-    with pytest.raises(RecipeError) as raised:
-        run(recipe, "none", trust_code=True)
-    assert not Path("none").exists()
-    return {problem.path: problem.wrong for problem in raised.value.problems}
 
 
 # --- students ---
@@ -163,7 +142,7 @@ def test_hints_are_followed(work: Path) -> None:
 
 def test_numbers_are_taught_too(work: Path) -> None:
     np.savez("numbers.npz", x=np.load("train.npz")["x"], y=np.load("train.npz")["y"].astype(np.float32))
-    recipe = student(models=[net("number")], target="python:outputnets:number", data={"train": "numbers.npz"})
+    recipe = student(models=[net("number")], target="python:recipenets:number", data={"train": "numbers.npz"})
     record = run(recipe, "out", trust_code=True, progress=False)
     assert record.notes[0].startswith("mean squared difference from the teachers' outputs on train data")
 
@@ -199,7 +178,7 @@ def test_a_dry_run_says_what_would_be_done(work: Path, capsys: pytest.CaptureFix
         main(["run", "r.yaml", "out", "--dry-run", "--trust-code"])
     assert not ended.value.code
     shown = capsys.readouterr().out
-    for line in ("distill\n", "combine: confidence", "temperature: 2.0", "target: python:outputnets:student"):
+    for line in ("distill\n", "combine: confidence", "temperature: 2.0", "target: python:recipenets:student"):
         assert line in shown
     assert not (work / "out").exists()
     (work / "r.yaml").write_text(json.dumps(student(parameters={"combin": "mean"})))

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.unit.recipes import built, folder_of, net, problems
 
 from interfuse import ModelFusion, WeightSchedule, fit
 from interfuse.data import load_data
-from interfuse.errors import RecipeError
-from interfuse.models import load_model
 from interfuse.pipeline import run
 
 NETS = """
@@ -36,18 +34,15 @@ def blind():
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with data and code, which is the current folder."""
-    (tmp_path / "schedulenets.py").write_text(NETS)
     x = np.random.default_rng(0).normal(size=(96, 4)).astype(np.float32)
     np.savez(tmp_path / "train.npz", x=x, y=x[:, :3].argmax(1))
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    sys.modules.pop("schedulenets", None)
+    yield from folder_of(NETS, tmp_path, monkeypatch)
 
 
 def weighted(**changes: Any) -> dict[str, Any]:
     return {
         "fusion": "weighted",
-        "models": [{"model": "python:schedulenets:seeing"}, {"model": "python:schedulenets:blind"}],
+        "models": [net("seeing"), net("blind")],
         "data": {"train": "train.npz", "validation": 0.25},
         "training": {"epochs": 3, "learning_rate": 0.01, "schedule": {"temperature": 0.2}},
         **changes,
@@ -56,7 +51,7 @@ def weighted(**changes: Any) -> dict[str, Any]:
 
 def test_weights_are_set_by_validation_logged_and_drawn(work: Path) -> None:
     record = run(weighted(), "out", trust_code=True, progress=False)
-    models = {name: load_model(f"python:schedulenets:{name}", trust_code=True) for name in ("seeing", "blind")}
+    models = {name: built(name) for name in ("seeing", "blind")}
     rest, part = load_data("train.npz").split(0.25, 0)
     schedule = WeightSchedule(temperature=0.2)
     fusion = ModelFusion(models, "weighted", head=3)
@@ -83,15 +78,9 @@ def test_weights_are_set_by_validation_logged_and_drawn(work: Path) -> None:
 
 
 def test_a_schedule_stands_where_there_are_weights_to_set(work: Path) -> None:
-    def problems(recipe: dict[str, Any]) -> set[str]:
-        with pytest.raises(RecipeError) as raised:
-            run(recipe, "none", trust_code=True)
-        assert not (work / "none").exists()
-        return {problem.path for problem in raised.value.problems}
-
-    assert problems(weighted(fusion="mean")) == {"training.schedule"}
-    assert problems(weighted(data={"train": "train.npz"})) == {"data.validation"}
-    assert problems(weighted(training={"schedule": {"temperature": 0, "smoothing": 1, "x": 2}})) == {
+    assert set(problems(weighted(fusion="mean"))) == {"training.schedule"}
+    assert set(problems(weighted(data={"train": "train.npz"}))) == {"data.validation"}
+    assert set(problems(weighted(training={"schedule": {"temperature": 0, "smoothing": 1, "x": 2}}))) == {
         "training.schedule.temperature",
         "training.schedule.smoothing",
         "training.schedule.x",

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tests.unit.recipes import SEEDED, folder_of
 
 import interfuse as itf
 from interfuse.data import load_data
@@ -23,22 +24,13 @@ from interfuse.pipeline import load_run, run
 from interfuse.pipeline.growing import form_of, made_of
 
 NETS = """
-import os, signal
-import torch
-from torch import nn
-
-def _seeded(seed, *layers):
-    torch.manual_seed(seed)
-    for layer in layers:
-        if hasattr(layer, "reset_parameters"):
-            layer.reset_parameters()
-    return nn.Sequential(*layers)
-
 def net(seed=1):
     return _seeded(seed, nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
 
 def source():
     return net(2)
+
+import os, signal
 
 class Fatal(nn.Module):
     steps = 0
@@ -57,25 +49,19 @@ def fatal():
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with data, and code that builds networks; it is the current folder."""
-    (tmp_path / "stagenets.py").write_text(NETS)
     draw = np.random.default_rng(0)
     for name, count in (("train", 64), ("later", 48), ("test", 60)):
         y = np.arange(count) % 3
-        np.savez(tmp_path / f"{name}.npz", x=draw.normal(size=(count, 6)).astype(np.float32) + 2 * np.eye(6)[y], y=y)
-    for name in ("train", "later", "test"):
-        held = dict(np.load(tmp_path / f"{name}.npz"))
-        np.savez(tmp_path / f"{name}.npz", x=held["x"].astype(np.float32), y=held["y"])
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield tmp_path
-    sys.modules.pop("stagenets", None)
+        x = draw.normal(size=(count, 6)).astype(np.float32) + 2 * np.eye(6, dtype=np.float32)[y]
+        np.savez(tmp_path / f"{name}.npz", x=x, y=y)
+    yield from folder_of(SEEDED + NETS, tmp_path, monkeypatch)
 
 
 def staged(**changes: Any) -> dict[str, Any]:
     return {
         "fusion": "stages",
-        "target": "python:stagenets:net",
-        "models": [{"model": "python:stagenets:source", "name": "a"}],
+        "target": "python:recipenets:net",
+        "models": [{"model": "python:recipenets:source", "name": "a"}],
         "stages": [
             {"name": "copy", "copied": {"a": ["0.*"]}, "training": {"train_only": "head", "epochs": 1}},
             {"name": "grow", "grow": {"wider": {"0": 12}, "deeper": ["3"]}, "training": {"epochs": 1}},
@@ -113,7 +99,7 @@ def test_a_stage_grows_the_network_which_is_loaded_again(work: Path) -> None:
 def test_growth_changes_nothing_that_the_network_computes(work: Path) -> None:
     recipe = staged(stages=[{"grow": {"wider": {"0": 12}, "deeper": ["3"]}}], training={"epochs": 0})
     run(recipe, "out", trust_code=True, progress=False)
-    from stagenets import net  # type: ignore[import-not-found]
+    from recipenets import net  # type: ignore[import-not-found]
 
     x = torch.randn(9, 6)
     torch.testing.assert_close(load_run("out", trust_code=True)(x), net().eval()(x), rtol=0, atol=1e-5)
@@ -147,7 +133,7 @@ def killed(work: Path, at: int, *flags: str) -> int:
 
 
 def test_a_killed_run_goes_on_in_its_stage_to_the_same_weights(work: Path) -> None:
-    recipe = staged(target="python:stagenets:fatal")
+    recipe = staged(target="python:recipenets:fatal")
     (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     run("recipe.yaml", "whole", trust_code=True, progress=False)
     assert killed(work, 3 + 3 + 2) == -signal.SIGKILL  # in the first epoch of the last stage; each has 3 batches

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from interfuse import units
 from interfuse.errors import ModelError, Problem
-from interfuse.modules.inputs import Composite, call, prediction, tensors_of
+from interfuse.modules.inputs import Called, Composite, tensors_of
 
 _TOLERANCE = 1e-5
 _REPEATS = 5
@@ -135,9 +135,8 @@ class Batched:
             (_seconds(one_by_one, device), _seconds(lambda: self._pass(networks, inputs), device)) for _ in range(_REPEATS)
         ]
         loops, passes = zip(*spans, strict=True)
-        return min(passes) < min(loops) and statistics.median(passes) < statistics.median(
-            loops
-        )  # other work may disturb either
+        least, middle = (measure(passes) < measure(loops) for measure in (min, statistics.median))
+        return least and middle  # other work may disturb either
 
     def _asked(self, networks: Sequence[nn.Module], inputs: Any, one_by_one: Callable[[], Outputs]) -> Outputs:
         """One pass as it was asked for, or why not."""
@@ -180,18 +179,7 @@ class Batched:
             if id(tensor) not in stacks:
                 stacks[id(tensor)] = torch.stack([state[name] for state in states])
         self._stack = {f"network.{name}": stacks[id(tensor)] for name, tensor in states[0].items()}
-        self._base = _Called(copying.deepcopy(networks[0]).to("meta"))
-
-
-class _Called(nn.Module):
-    """A network's prediction for inputs in whichever form."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, inputs: Any) -> Tensor:
-        return prediction(call(self.network, inputs))
+        self._base = Called(copying.deepcopy(networks[0]).to("meta"))
 
 
 @contextmanager

@@ -191,6 +191,18 @@ def prediction(output: Any, name: str = "model") -> Tensor:
     raise ModelError(Problem(name, f"its output {found} holds no prediction", "return a tensor, or a mapping with 'logits'"))
 
 
+class Called(nn.Module):
+    """A network's prediction for inputs in whichever form: what `torch.func.functional_call` calls."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Any) -> Tensor:
+        """-> the network's `prediction`."""
+        return prediction(call(self.network, inputs))
+
+
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """A batch as (inputs, targets): a pair, (a, b, ..., targets), a mapping with "labels", or inputs alone.
 

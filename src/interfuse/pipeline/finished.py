@@ -12,11 +12,10 @@ from interfuse.errors import CheckpointError, ModelError, Problem, nearest
 from interfuse.pipeline.record import DESCRIPTION, RECIPE
 from interfuse.recipe import load_recipe
 from interfuse.recipe.check import names_of
+from interfuse.recipe.schema import ModelEntry, Recipe
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from interfuse.recipe.schema import ModelEntry
 
 
 def description(folder: str | Path) -> dict[str, Any]:
@@ -52,6 +51,11 @@ def home_of(ref: str) -> str:
     return home_of(entries[found[1]].model) if found[1] in entries else ref
 
 
+def reference_of(recipe: Recipe) -> ModelEntry:
+    """The model whose code, config and tokenizer a single network has."""
+    return next((ModelEntry(model=ref) for ref in recipe.beside.values()), None) or recipe.models[0]
+
+
 def classes_of(ref: str) -> tuple[str, ...] | None:
     """The classes that `OUT#TASK` learned, in the order of its outputs, where it's known."""
     found = split_network(ref)
@@ -83,7 +87,6 @@ def load_run(folder: str | Path, *, trust_code: bool = False) -> nn.Module:
     trust_code: allow the `python:` references of the recipe. Raises `ModelError` or `CheckpointError`.
     """
     from interfuse.models import load_model
-    from interfuse.recipe.schema import ModelEntry
     from interfuse.saving import load
 
     about = description(folder)
@@ -104,8 +107,7 @@ def load_run(folder: str | Path, *, trust_code: bool = False) -> nn.Module:
         networks = {name: load_network(_plain(entries[name]), trust_code=trust_code) for name in parts}
         return load(folder, networks, trust_code=trust_code)
     if about.get("kind") == "network":
-        first = next((ModelEntry(model=ref) for ref in recipe.beside.values()), None) or recipe.models[0]
-        network = load_network(_plain(first), trust_code=trust_code)
+        network = load_network(_plain(reference_of(recipe)), trust_code=trust_code)
         if about.get("grown"):
             from interfuse.pipeline.growing import grown_again
 

@@ -30,6 +30,8 @@ from interfuse.pipeline.networks import (
     lightning_on,
     load_networks,
     load_sets,
+    metric_of,
+    size_of,
     train,
 )
 from interfuse.pipeline.record import CURVE
@@ -128,7 +130,6 @@ def _curve(
     if len(usual) > 1 and (asked is None or asked.metric is None):
         allowed = "name one that fits all, or give parameters.depth"
         raise OptionError(Problem("evaluate.metric", "missing, and some tasks have classes, others numbers", allowed))
-    size: dict[str, Any] = {"batch_size": asked.batch_size} if asked is not None and asked.batch_size is not None else {}
     every = all("test" in sets for sets in tasks.values())
     return trunk_curve(
         experts,
@@ -138,7 +139,7 @@ def _curve(
         tune=tuned,
         progress=how.progress,
         **{key: options[key] for key in ("depths", "method", "blocks", "tolerance", "within")},
-        **size,
+        **size_of(recipe),
         **merged,
     )
 
@@ -168,12 +169,8 @@ def _stitch(recipe: Recipe, networks: Mapping[str, nn.Module], folder: Path, how
     sets = load_sets(recipe, trust_code=how.trust_code)
     try_networks(networks, sets["train"])
     a, b = (networks[name].to(how.device) for name in names_of(recipe))
-    asked = recipe.evaluate
     data = sets.get("test", sets["train"])
-    measured: dict[str, Any] = {
-        "metric": (asked.metric if asked is not None else None) or default_metric(data),
-        "test": sets.get("test"),
-    }
+    measured: dict[str, Any] = {"metric": metric_of(recipe, data), "test": sets.get("test")}
     with _told():
         stitched = stitch(
             a, b, tuple(options.pop("at")), sets["train"], copy=False, progress=how.progress, **measured, **options

@@ -26,7 +26,7 @@ from interfuse.pipeline.reading import in_order, read_options
 from interfuse.pipeline.record import hash_source
 from interfuse.pipeline.trial import try_networks
 from interfuse.recipe import Recipe
-from interfuse.recipe.check import experts_of, names_of, options_of
+from interfuse.recipe.check import experts_of, names_of, options_of, tested_alone
 from interfuse.recipe.own_data import effective, place_of
 from interfuse.recipe.values import matcher
 from interfuse.training.coefficients import Coefficients, learn_coefficients
@@ -39,10 +39,8 @@ def plain_recipe(recipe: Recipe, weights: Mapping[str, Any]) -> Recipe:
     for name, entry in zip(names_of(recipe), recipe.models, strict=True):
         parameters = {"weight": weights[name]} if entry in experts else {}
         models.append(entry.model_copy(update={"name": name, "parameters": parameters, "data": None}))
-    data, tested = recipe.data, recipe.data is not None and recipe.data.test is not None
     update: dict[str, Any] = {"merge_method": "task_arithmetic", "parameters": {}, "models": models, "training": None}
-    update["data"] = data.model_copy(update={"train": None, "labels": None}) if data is not None and tested else None
-    return recipe.model_copy(update=update | {"evaluate": recipe.evaluate if tested else None})
+    return recipe.model_copy(update=update | tested_alone(recipe))
 
 
 def learned_merge(
@@ -90,7 +88,7 @@ def _learned(
     sets = _sets(recipe, experts, trust_code)
     for name, data in sets.items():
         try_networks({name: experts[name]}, data)
-    kept = [test for pattern in (*(recipe.drop or ()), *(recipe.keep or ())) for test in [matcher(pattern)]]
+    kept = [matcher(pattern) for pattern in (*(recipe.drop or ()), *(recipe.keep or ()))]
     heads = _heads(recipe, experts)
     own = [name for name in base.state_dict() if name in beyond or name in heads or any(test(name) for test in kept)]
     given = recipe.training.model_dump(exclude_none=True) if recipe.training is not None else {}

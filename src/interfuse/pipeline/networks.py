@@ -28,9 +28,8 @@ from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import split_batch
 from interfuse.pipeline.classes import UNNAMED, Spaces, spaces_of
 from interfuse.pipeline.crossing import crossed
-from interfuse.pipeline.finished import is_saved, load_network
+from interfuse.pipeline.finished import is_saved, load_network, reference_of
 from interfuse.pipeline.reading import load_sets as load_sets
-from interfuse.pipeline.reading import reference_of
 from interfuse.pipeline.scheduling import draw_weights, schedule_of
 from interfuse.pipeline.teaching import teach
 from interfuse.pipeline.trial import check_whole, try_networks
@@ -247,11 +246,10 @@ def train(
     if recipe.form == "single" and recipe.models[0].freeze:
         options["train_only"] = _last_linear(model, sets["train"])
     options.setdefault("seed", recipe.seed)
-    if schedule is None:
-        return asdict(fit(model, sets["train"], sets.get("validation"), progress=progress, **options))
-    options["callbacks"] = [schedule.callback()]
+    if schedule is not None:
+        options["callbacks"] = [schedule.callback()]
     record = asdict(fit(model, sets["train"], sets.get("validation"), progress=progress, **options))
-    return record | {"schedule": {"options": written, "history": schedule.history}}
+    return record if schedule is None else record | {"schedule": {"options": written, "history": schedule.history}}
 
 
 def lightning_on(device: str) -> dict[str, Any]:
@@ -272,9 +270,7 @@ def _last_linear(model: nn.Module, data: Data) -> list[str]:
 
 def evaluate(recipe: Recipe, model: nn.Module, data: Data, device: str, *, progress: bool) -> dict[str, Any]:
     """The metric on the test data, with its 95% bootstrap interval."""
-    asked = recipe.evaluate
-    metric = (asked.metric if asked is not None else None) or default_metric(data)
-    size = {"batch_size": asked.batch_size} if asked is not None and asked.batch_size is not None else {}
+    metric, size = metric_of(recipe, data), size_of(recipe)
     found = predict(model, data, device=device, cache=default_folder(), progress=progress, **size)
     assert found.targets is not None
     value, drawn = resampled(metric, found.outputs, found.targets, seed=recipe.seed)
@@ -291,6 +287,16 @@ def evaluate(recipe: Recipe, model: nn.Module, data: Data, device: str, *, progr
         without[name] = {"value": other, "low": ends[0], "high": ends[1]}
         without[name] |= {"change": other - value, "change_low": change[0], "change_high": change[1]}
     return record | ({"without": without} if without else {})
+
+
+def metric_of(recipe: Recipe, data: Data) -> str:
+    """The metric that `evaluate` names, else the data's usual one."""
+    return (recipe.evaluate.metric if recipe.evaluate is not None else None) or default_metric(data)
+
+
+def size_of(recipe: Recipe) -> dict[str, Any]:
+    """The batch size that `evaluate` names, as an option; nothing where it names none."""
+    return recipe.evaluate.model_dump(include={"batch_size"}, exclude_none=True) if recipe.evaluate is not None else {}
 
 
 def default_metric(data: Data) -> str:

@@ -13,12 +13,11 @@ from interfuse.data import Data, load_data
 from interfuse.errors import DataError, ModelError, Problem, UserError
 from interfuse.models import load_tokenizer
 from interfuse.pipeline.classes import UNNAMED, Spaces
-from interfuse.pipeline.finished import home_of
+from interfuse.pipeline.finished import home_of, reference_of
 from interfuse.pipeline.lessons import has_own, lessons
 from interfuse.recipe import Recipe
 from interfuse.recipe.check import names_of
 from interfuse.recipe.outputs import STUDENT
-from interfuse.recipe.schema import ModelEntry
 from interfuse.recipe.sections import DataSection
 
 
@@ -110,8 +109,3 @@ def load_tokenizers(recipe: Recipe, result: Path | None = None) -> Any:
         allowed = "a model with its tokenizer in its folder, or data of numbers"
         raise ModelError(*(Problem(f"models {name}".strip(), "no tokenizer for the text in data", allowed) for name in missing))
     return found[""] if single else {name: tokenizer for name, tokenizer in found.items() if tokenizer is not None}
-
-
-def reference_of(recipe: Recipe) -> ModelEntry:
-    """The model whose code, config and tokenizer a single network has."""
-    return next((ModelEntry(model=ref) for ref in recipe.beside.values()), None) or recipe.models[0]

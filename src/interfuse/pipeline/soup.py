@@ -21,10 +21,10 @@ from interfuse.engine.output.folder import merge_into
 from interfuse.evaluation.soup import choose, measured
 from interfuse.models import load_model
 from interfuse.pipeline.finished import load_network
-from interfuse.pipeline.networks import BASE, default_metric, device_name, load_networks, load_sets, settled
+from interfuse.pipeline.networks import BASE, device_name, load_networks, load_sets, metric_of, settled, size_of
 from interfuse.pipeline.record import hash_source
 from interfuse.recipe import Recipe
-from interfuse.recipe.check import names_of
+from interfuse.recipe.check import names_of, tested_alone
 
 
 def soup_of(recipe: Recipe, names: Sequence[str] | None = None) -> Recipe:
@@ -33,15 +33,8 @@ def soup_of(recipe: Recipe, names: Sequence[str] | None = None) -> Recipe:
         name: entry.model_copy(update={"name": name, "parameters": {"weight": 1.0}})
         for name, entry in zip(names_of(recipe), recipe.models, strict=True)
     }
-    data, tested = recipe.data, recipe.data is not None and recipe.data.test is not None
-    return recipe.model_copy(
-        update={
-            "merge_method": "linear",
-            "models": [entries[name] for name in (entries if names is None else names)],
-            "data": data.model_copy(update={"validation": None}) if data is not None and tested else None,
-            "evaluate": recipe.evaluate if tested else None,
-        }
-    )
+    models = [entries[name] for name in (entries if names is None else names)]
+    return recipe.model_copy(update={"merge_method": "linear", "models": models, **tested_alone(recipe)})
 
 
 def chosen_soup(
@@ -70,9 +63,7 @@ def chosen_soup(
     with settled(recipe.seed, threads), tempfile.TemporaryDirectory(prefix="interfuse-soup-") as scratch:
         only = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": None})})
         data = load_sets(only, trust_code=trust_code)["validation"]
-        asked = recipe.evaluate
-        metric = (asked.metric if asked is not None else None) or default_metric(data)
-        size = {"batch_size": asked.batch_size} if asked is not None and asked.batch_size is not None else {}
+        metric, size = metric_of(recipe, data), size_of(recipe)
         networks = {} if of_files else load_networks(recipe, trust_code=trust_code)
         networks.pop(BASE, None)
 

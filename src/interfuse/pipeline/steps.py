@@ -74,13 +74,12 @@ def run(
     checked, of_files = chain[-1], merges_files(chain)
     if (made := _apart(chain, out, overwrite=overwrite, resume=resume, dry_run=dry_run, **how)) is not None:
         return made
-    if of_files:
-        earlier = lambda: finished_before(chain, out, compat=mergekit_compat, nonfinite=allow_nonfinite)
-    else:
-        earlier = lambda: _staged_before(checked, out, beside, trust_code)
-    if resume and not dry_run and (before := earlier()) is not None:
-        settle(out)
-        return dataclasses.replace(before, seconds=time.monotonic() - started)
+    if resume and not dry_run:
+        exactly = {"compat": mergekit_compat, "nonfinite": allow_nonfinite}
+        before = finished_before(chain, out, **exactly) if of_files else _staged_before(checked, out, beside, trust_code)
+        if before is not None:
+            settle(out)
+            return dataclasses.replace(before, seconds=time.monotonic() - started)
     output: dict[str, Any] = {"overwrite": overwrite, "inputs": _inputs(chain)}
     stages = planned(chain if of_files else (), out, compat=mergekit_compat, **output)
     _, plan, sources = stages[-1] if stages else (None, None, [])

@@ -87,7 +87,7 @@ class _Made(NamedTuple):
 def verify(
     out: str | Path, *, again: bool = False, threads: int | None = None, device: str | None = None, progress: bool = True
 ) -> Verification:
-    """Check the folder of a merge, a mixture or an adapter against its `interfuse.json`.
+    """Check the folder of a merge, a mixture, a transplant or an adapter against its `interfuse.json`.
 
     Its tensors (names, types, shapes, hashes) and other files; the recipe, by planning it once more; and the models that it
     was made from, where they are still to be found: of those on a hub the very commits that were read. With `again` it's made

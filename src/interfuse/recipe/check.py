@@ -19,7 +19,7 @@ from interfuse.errors import OptionError, Problem
 from interfuse.recipe.crossing import crossing_problems
 from interfuse.recipe.layers import STITCHED, layers_problems
 from interfuse.recipe.learned import learned_problems, learns
-from interfuse.recipe.merges import BESIDE, entries_in, is_plain, merge_problems, tokenizer_models
+from interfuse.recipe.merges import BESIDE, entries_in, is_plain, merge_problems, tokenizer_models, weighing_problems
 from interfuse.recipe.outputs import outputs_problems, readers
 from interfuse.recipe.own_data import named
 from interfuse.recipe.pieces import pieces
@@ -119,6 +119,14 @@ def experts_of(recipe: Recipe) -> list[ModelEntry]:
     method = method_of(recipe)
     apart = method is not None and method.sees_base
     return [entry for entry in recipe.models if not (apart and entry.model == recipe.base_model)]
+
+
+def tested_alone(recipe: Recipe) -> dict[str, Any]:
+    """The `data` and `evaluate` of a recipe whose other data has done its part: the test data, or None for both."""
+    if recipe.data is None or recipe.data.test is None:
+        return {"data": None, "evaluate": None}
+    used = dict.fromkeys(("train", "validation", "labels"))
+    return {"data": recipe.data.model_copy(update=used), "evaluate": recipe.evaluate}
 
 
 def form_problems(recipe: Recipe) -> list[Problem]:
@@ -286,13 +294,7 @@ def _choice(recipe: Recipe, train: Any, validation: Any, test: Any) -> Iterator[
         )
     elif validation == test:
         yield Problem("data.validation", "is data.test too", "what the models are chosen by can't be what is reported")
-    for key in ("slices", "modules"):
-        if getattr(recipe, key) is not None:
-            yield Problem(key, f"{recipe.merge_method} chooses among whole models", "give `models`")
-    weighted = [("parameters", recipe.parameters), *((f"{path}.parameters", e.parameters) for path, e in entries_in(recipe))]
-    for path, parameters in weighted:
-        if "weight" in parameters:
-            yield Problem(f"{path}.weight", "the models that are chosen weigh the same", _REMOVE)
+    yield from weighing_problems(recipe, "chooses among", "the models that are chosen weigh the same")
 
 
 def run_problems(recipe: Recipe, *, trust_code: bool) -> list[Problem]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from interfuse.errors import Problem, nearest
+from interfuse.errors import Problem
+from interfuse.recipe.outputs import by_model_problems
 from interfuse.recipe.schema import Recipe
 
 
@@ -28,12 +29,7 @@ def crossing_problems(recipe: Recipe, names: Sequence[str]) -> Iterator[Problem]
 
 def _places(at: Any, names: Sequence[str]) -> Iterator[Problem]:
     if isinstance(at, dict):
-        for name in names:
-            if name not in at:
-                yield Problem(f"parameters.at.{name}", "missing", "the modules after which it is mixed with the others")
-        for name in at:
-            if name not in names:
-                yield Problem(f"parameters.at.{name}", "no model has this name", nearest(str(name), names))
+        yield from by_model_problems(at, names, "parameters.at", "the modules after which it is mixed with the others")
         rows = list(at.values())
     elif isinstance(at, list) and all(isinstance(row, list) for row in at):
         rows = at

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from interfuse.errors import OptionError, Problem
-from interfuse.recipe.merges import entries_in
+from interfuse.recipe.merges import entries_in, weighing_problems
 from interfuse.recipe.own_data import effective, place_of
 from interfuse.recipe.schema import ModelEntry, Recipe
 from interfuse.registry import find
@@ -27,13 +27,7 @@ def learns(recipe: Recipe) -> bool:
 
 def learned_problems(recipe: Recipe, experts: Sequence[ModelEntry]) -> Iterator[Problem]:
     """Everything that is wrong with such a recipe beside what is wrong with any merge; `experts` are what it combines."""
-    for key in ("slices", "modules"):
-        if getattr(recipe, key) is not None:
-            yield Problem(key, f"{recipe.merge_method} learns over whole models", "give `models`")
-    levels = [("parameters", recipe.parameters), *((f"{path}.parameters", e.parameters) for path, e in entries_in(recipe))]
-    for path, parameters in levels:
-        if "weight" in parameters:
-            yield Problem(f"{path}.weight", "is what is learned", _REMOVE)
+    yield from weighing_problems(recipe, "learns over", "is what is learned")
     for path, entry in entries_in(recipe):
         for key in entry.parameters:
             if key != "weight":

@@ -260,3 +260,15 @@ def entries_in(recipe: Recipe) -> list[tuple[str, ModelEntry]]:
     for name, module in (recipe.modules or {}).items():
         found += [(f"modules.{name}.models[{i}]", entry) for i, entry in enumerate(module.models or [])]
     return found
+
+
+def weighing_problems(recipe: Recipe, does: str, why: str) -> Iterator[Problem]:
+    """What a merge that weighs its models itself can't have: pieces of models (it `does` something with whole ones), and
+    weights, which `why` says."""
+    for key in ("slices", "modules"):
+        if getattr(recipe, key) is not None:
+            yield Problem(key, f"{recipe.merge_method} {does} whole models", "give `models`")
+    levels = [("parameters", recipe.parameters), *((f"{path}.parameters", e.parameters) for path, e in entries_in(recipe))]
+    for path, parameters in levels:
+        if "weight" in parameters:
+            yield Problem(f"{path}.weight", why, "remove the key")

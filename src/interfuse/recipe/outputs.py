@@ -41,15 +41,20 @@ def written_classes(recipe: Recipe, names: Sequence[str]) -> dict[str, tuple[str
     return {name: tuple(space) for name, space in zip(names, listed, strict=True)}
 
 
+def by_model_problems(given: Mapping[str, Any], names: Sequence[str], path: str, allowed: str) -> Iterator[Problem]:
+    """What is wrong with the names in a mapping that has an entry, `allowed`, for each model."""
+    for name in names:
+        if name not in given:
+            yield Problem(f"{path}.{name}", "missing", allowed)
+    for name in given:
+        if name not in names:
+            yield Problem(f"{path}.{name}", "no model has this name", nearest(str(name), names))
+
+
 def _classes(classes: Any, names: Sequence[str]) -> Iterator[Problem]:
     """What is wrong with lists of class names; their types are checked with the other options."""
     if isinstance(classes, Mapping):
-        for name in names:
-            if name not in classes:
-                yield Problem(f"parameters.classes.{name}", "missing", "its class names")
-        for name in classes:
-            if name not in names:
-                yield Problem(f"parameters.classes.{name}", "no model has this name", nearest(str(name), names))
+        yield from by_model_problems(classes, names, "parameters.classes", "its class names")
         listed = classes
     elif isinstance(classes, list):
         if len(classes) != len(names):

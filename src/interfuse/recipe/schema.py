@@ -101,8 +101,8 @@ class ModelEntry(Section):
     parameters: Parameters = Field(default_factory=dict, description="This model's own options in a merge: {weight: 0.3}.")
     data: DataSection | None = Field(
         default=None,
-        description="With fusion: share_trunk or tie, the data of this model's own task: its keys stand before those of the "
-        "recipe's `data`, which holds for all.",
+        description="Data of this model's own: its task's (share_trunk, tie), what it teaches on (distill), or what its "
+        "coefficients are learned from (adamerging). Its keys stand before those of the recipe's `data`, which holds for all.",
     )
 
     @model_validator(mode="before")

@@ -29,7 +29,7 @@ from interfuse.engine.merge import merge
 from interfuse.errors import DataError, ModelError, OptionError, Problem, nearest
 from interfuse.evaluation.cost import device_of
 from interfuse.inference.batches import batches, first
-from interfuse.modules.inputs import call, move, prediction, split_batch, tensors_of
+from interfuse.modules.inputs import Called, move, split_batch, tensors_of
 from interfuse.progress import track
 from interfuse.training.losses import cross_entropy
 
@@ -191,22 +191,11 @@ class _Mixture:
         return losses
 
 
-class _Call(nn.Module):
-    """A network called on a batch's inputs, in whichever form."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, inputs: Any) -> Tensor:
-        return prediction(call(self.network, inputs))
-
-
 class _Loss:
     """The loss of one task's batch, of merged tensors in the task's network."""
 
     def __init__(self, base: nn.Module, experts: Mapping[str, nn.Module], names: Sequence[str], objective: str) -> None:
-        self.networks = {task: _Call(expert) for task, expert in experts.items()}
+        self.networks = {task: Called(expert) for task, expert in experts.items()}
         self.merged, self.objective, self.device = set(names), objective, device_of(base)
         self.states = {
             task: {f"network.{name}": value.detach() for name, value in _distinct(expert).items()}
