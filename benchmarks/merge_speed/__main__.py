@@ -10,7 +10,7 @@ Ours and the floor take turns, on all cores, and the table has their medians; in
 Memory is sampled in runs of their own (for mergekit in the timed one). Inputs and outputs are on memory-backed storage,
 because disks here throttle writes; one line tells what a disk makes of it. Needs Linux, 12 GB there and 4 GB beside.
 
-    python -m benchmarks.merge_speed --mergekit mk/bin/python
+    python -m benchmarks.merge_speed --mergekit mk/bin/python      # on a virtual machine, with --room 4 beside
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 
 import yaml
 from benchmarks.merge_speed import reference
-from benchmarks.merge_speed.measure import Failed, Measured, compile_floor, floor_command, read_all, run
+from benchmarks.merge_speed.measure import Failed, Measured, compile_floor, floor_command, hold_memory, read_all, run
 from benchmarks.merge_speed.model import FULL, TINY, Shape, make_models
 
 HERE = Path(__file__).parent
@@ -104,6 +104,7 @@ def main() -> int:
         folder = options.models or Path(temporary) / "models"
         folders = _models(folder, shape)
         bench = Bench(folders, Path(temporary), compile_floor(Path(temporary)), 1 if options.quick else options.runs)
+        held = hold_memory(options.room * 10**9) if options.room else None  # until the end
         for case in cases:
             rows = found.setdefault(case.method, {})
             if not options.only_mergekit:
@@ -177,9 +178,9 @@ class Bench:
         return found
 
     def _timed(self, command: Sequence[str | Path], case: Case, out: Path | None = None, memory: bool = False) -> Measured:
-        """One run that finds its inputs in memory and no output."""
-        _remove(out or self.work / "out")
+        """One run that finds its inputs in memory, and no output: what one held until now is free."""
         read_all(file for path in self._inputs(case) for file in sorted(path.iterdir()))
+        _remove(out or self.work / "out")
         return run(command, memory=memory)
 
     def _inputs(self, case: Case) -> list[Path]:
@@ -327,6 +328,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, help="timed runs of ours and of the floor")
     parser.add_argument("--data", type=Path, default=Path("/dev/shm"), help="where inputs and outputs are, for a while")
     parser.add_argument("--models", type=Path, help="a folder where the models are kept, and made unless they are there")
+    parser.add_argument("--room", type=int, help="GB of memory to leave free, 4 or more: steadier on virtual machines")
     parser.add_argument("--disk", type=Path, help="also write the linear merge to this folder, on a disk")
     parser.add_argument("--out", type=Path, default=HERE, help="where results.json and the table are written")
     parser.add_argument("--quick", action="store_true", help="a tiny model and one run: does it work? Needs --out")
