@@ -28,7 +28,7 @@ from interfuse.modules.inputs import split_batch
 BATCH, TOKENS = 32, 32
 VALIDATION, TEST = 400, 1000
 #: The sets: what they hold, and how many examples are trained on.
-SETS = {"notmnist": ("image", 1600), "trec6": ("text", 600), "gtsrb": ("image", 1600), "banking77": ("text", 600)}
+SETS = {"notmnist": ("image", 1600), "trec6": ("text", 600), "gtsrb": ("image", 1600), "banking77": ("text", 1200)}
 
 
 class NearLengths(BatchSampler):

@@ -104,7 +104,7 @@ def main() -> int:
         folder = options.models or Path(temporary) / "models"
         folders = _models(folder, shape)
         bench = Bench(folders, Path(temporary), compile_floor(Path(temporary)), 1 if options.quick else options.runs)
-        held = hold_memory(options.room * 10**9) if options.room else None  # until the end
+        bench.held = hold_memory(options.room * 10**9) if options.room else None
         for case in cases:
             rows = found.setdefault(case.method, {})
             if not options.only_mergekit:
@@ -128,6 +128,7 @@ class Bench:
 
     def __init__(self, folders: list[Path], work: Path, floor: Path | None, runs: int) -> None:
         self.folders, self.work, self.floor, self.runs = folders, work, floor, runs
+        self.held: object = None  # memory that is to stay in use until the end
 
     def ours(self, case: Case) -> dict[str, Any]:
         """Our runs and the floor's, in turns; then one for memory and one look at the output."""

@@ -68,8 +68,8 @@ def read_all(files: Iterable[Path]) -> None:
 def hold_memory(room: int) -> mmap.mmap:
     """All free memory but `room` bytes, for as long as the result lives: runs then use the same few pages again and again.
 
-    The host of a virtual machine takes free memory back within seconds, and whoever touches it next waits for the host: by turns
-    a run took one second and nine. Anonymous memory, of this process; it's touched once.
+    The host of a virtual machine takes free memory back within seconds, and whoever touches it next waits for the host: the
+    floor then took one second or nine. Anonymous memory, of this process; it's touched once.
     """
     free = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemFree"))
     size = max(int(free.split()[1]) * 1024 - room, mmap.PAGESIZE)
