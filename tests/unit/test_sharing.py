@@ -232,7 +232,12 @@ def test_what_is_registered_behind_the_blocks_is_named() -> None:
     assert all(torch.equal(shared(x)[name], shared(x, name)) for name in nets)
     assert len(shared.trunk) == 3
     apart = share_trunk(nets, 2)
-    assert not torch.equal(apart(x)["b"], apart(x, "b"))
+    with pytest.warns(UserWarning, match=r"^blocks\.0 is given something else by each task(.|\n)*`also`"):
+        together = apart(x)
+    assert all(torch.equal(output, apart(x, name)) for name, output in together.items())
+    assert not torch.equal(together["b"], shared(x)["b"])
+    with torch.inference_mode():
+        assert torch.equal(apart(x)["b"], together["b"])  # said once
     with pytest.raises(itf.OptionError, match=r"also: a has no 'tabel'; did you mean 'table'(.|\n)*also: b has no"):
         share_trunk(nets, 2, also=["tabel"])
 

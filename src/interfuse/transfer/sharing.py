@@ -10,6 +10,7 @@ own, the better it knows its task and the more it costs (the layers that tasks s
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,11 +59,13 @@ class SharedTrunk(Composite):
 
     `forward(inputs, task)` gives one task's output, and a mapping from every task to its own inputs is computed task by
     task. Each parameter is held once: the trunk's as `trunk` and `free`, and what is a task's own under `experts`, in the
-    order of `names`. `depth` of `blocks` are shared. A part of the trunk whose output a network changes in place is computed
-    again for the next network. `references` are the paths or hub ids that give the experts' code again, if there are any.
+    order of `names`. `depth` of `blocks` are shared. A part of the trunk whose output a network changes in place, or to which
+    (in evaluation) it gives something else than the first, is computed again for that network. `references` are the paths or
+    hub ids that give the experts' code again, if there are any.
     """
 
     references: tuple[str | None, ...] = ()
+    _told = False
 
     def __init__(
         self,
@@ -114,9 +117,21 @@ class SharedTrunk(Composite):
                 if value is not None:
                     self._tape.start(("write" if not results else "read") if once else "live")
                     results[name] = call(expert, value, name)
+            self._tell_apart()
         finally:
             self._tape.start("live")
         return results
+
+    def _tell_apart(self) -> None:
+        """Warn, once, of a trunk that is computed more than once because what its networks give it isn't the same."""
+        if self._tape.apart and not self._told:
+            self._told = True
+            path = self.shared.modules[min(self._tape.apart)]
+            warnings.warn(
+                f"{path} is given something else by each task, and so computed for each: what comes before it isn't all shared."
+                " Name the modules that are in share_trunk's `also`.",
+                stacklevel=5,
+            )
 
     def network(self, task: str) -> nn.Module:
         """One task's network, for `compare`, `predict` and the like: a view, whose parameters are those of the whole."""
@@ -152,21 +167,39 @@ class _Tape:
         self.mode, self.places, self.done = mode, [0] * len(self.calls), False
         if mode != "read":
             self.calls = [[] for _ in self.calls]
+            self.apart: set[int] = set()
 
-    def kept(self, number: int) -> tuple[bool, Any]:
-        """Whether the next output of a module is there, and it."""
+    def kept(self, number: int, given: Any) -> tuple[bool, Any]:
+        """Whether the next output of a module is there for what it is given, and it."""
         if self.mode != "read" or self.places[number] >= len(self.calls[number]):
             return False, None
-        output, versions = self.calls[number][self.places[number]]
+        output, versions, before = self.calls[number][self.places[number]]
         self.places[number] += 1
+        if not _alike(given, before):
+            self.apart.add(number)
+            return False, None
         return _versions(output) == versions, _private(output)
 
-    def keep(self, number: int, output: Any) -> None:
-        """Write an output down, where this is the pass for it."""
+    def keep(self, number: int, given: Any, output: Any) -> None:
+        """Write down an output, and of what, where this is the pass for it."""
         if self.mode == "write" and not self.done:
             output = _private(output)
-            self.calls[number].append((output, _versions(output)))
+            self.calls[number].append((output, _versions(output), given))
             self.done = number == len(self.calls) - 1
+
+
+def _alike(given: Any, before: Any) -> bool:
+    """Whether the tensors among a module's arguments are those of the call before; None, in training, is."""
+    if given is None or before is None:
+        return True
+    here, there = ([leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)] for value in (given, before))
+    return len(here) == len(there) and all(a is b or _equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other) or (one.is_floating_point() and torch.allclose(one, other, 0.0, 0.0, equal_nan=True))
 
 
 def _versions(output: Any) -> list[int]:
@@ -188,10 +221,11 @@ class _Stand(nn.Module):
         self.number, self.tape = number, tape
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        there, output = self.tape.kept(self.number)
+        given = None if self.module.training else (args, kwargs)
+        there, output = self.tape.kept(self.number, given)
         if not there:
             output = self.module(*args, **kwargs)
-            self.tape.keep(self.number, output)
+            self.tape.keep(self.number, given, output)
         return output
 
     def __getattr__(self, name: str) -> Any:
