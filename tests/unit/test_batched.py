@@ -341,6 +341,23 @@ def test_one_pass_that_gives_other_outputs_is_not_used(error: float, kept: bool,
     assert (model.held > 0) is kept
 
 
+def test_one_pass_that_was_asked_for_gives_the_same_or_is_refused() -> None:
+    class Named(nn.Module):
+        def __init__(self, function: str) -> None:
+            super().__init__()
+            self.function, self.linear = function, nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = getattr(torch, self.function)(self.linear(x))
+            return result
+
+    model = Ensemble([Named("relu"), Named("tanh")], batched=True).eval()  # told apart by text alone
+    for _ in range(2):
+        with pytest.raises(ModelError, match="batched: True, but one pass gives other outputs; leave it out, or give False"):
+            model(torch.randn(4, 6))
+    assert model.held == 0
+
+
 def test_the_stack_is_made_only_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     clock(monkeypatch, True)
     monkeypatch.setattr(batched, "_free", lambda device: 100)

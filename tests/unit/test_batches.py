@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from interfuse.data import Data
-from interfuse.errors import DataError
+from interfuse.errors import DataError, OptionError
 from interfuse.inference.batches import batches, first, in_order, is_indexed, length
 
 
@@ -50,6 +50,12 @@ def test_shuffling_depends_on_the_seed_and_the_pass_alone(kind: str) -> None:
     assert numbers(made(2))[0] != passes[0]
     assert len({tuple(order) for order in passes}) == 3
     assert all(sorted(order) == list(range(20)) for order in passes)
+
+
+def test_a_batch_holds_something() -> None:
+    for size in (0, 2.5):
+        with pytest.raises(OptionError, match=f"batch_size: got {size}; a whole number from 1 up"):
+            batches(pair(), size)  # type: ignore[arg-type]
 
 
 def test_loaders_and_lists_stay_as_they_are() -> None:

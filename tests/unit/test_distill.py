@@ -233,6 +233,12 @@ def test_data_that_change_are_refused() -> None:
         ({"hints": {"Sequential": {"0": "0"}}, "lora": 2}, OptionError, "lora: beside hints"),
         ({"student": network(2, classes=4)}, ModelError, r"student: its outputs are \(64, 4\), the teachers' target is"),
         ({"teachers": [network(1), network(1, classes=2)]}, DataError, r"teachers: they give \[3, 2\] classes"),
+        (
+            {"teachers": [network(1), nn.Sequential(network(2), nn.Softmax(1))]},
+            ModelError,
+            r"teachers\['Sequential_2'\]: gives probabilities, not logits; the network without its softmax",
+        ),
+        ({"batch_size": 0}, OptionError, "batch_size: got 0; a whole number from 1 up"),
         ({"train": (X, Y + 5)}, DataError, "train: labels from 5 to 7; 0 to 2"),
         ({"train": X, "metric": "accuracy"}, DataError, "train: has no labels to measure a metric by"),
         ({"epoch": 3}, OptionError, "epoch: unknown option; did you mean 'epochs'"),

@@ -296,6 +296,8 @@ def test_data_that_teach_nothing_are_refused() -> None:
         ensemble.calibrate((x[:3], targets[:3]), progress=False)
     with pytest.raises(OptionError, match="folds: got 1; a whole number from 2 up"):
         ensemble.calibrate((x, targets), folds=1, progress=False)
+    with pytest.raises(OptionError, match="folds: got 0; a whole number from 2 up\nseed: got 'x'; a whole number from 0 up"):
+        ensemble.calibrate((x, targets), folds=0, seed="x", progress=False)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"float32 targets; class numbers"):
         ensemble.calibrate((x, targets.float()), progress=False)
     with pytest.raises(DataError, match="class 9, but the outputs are of 4"):
@@ -335,6 +337,7 @@ def test_the_same_classes_in_another_order_fit_products_too() -> None:
     [
         ({"combine": "logits", "classes": [["a", "b"], ["a", "c"]]}, OptionError, "'logits' for networks with different"),
         ({"classes": [["a", "b"]]}, OptionError, "classes: 1 lists for 2 networks"),
+        ({"classes": [None, ["a", "b"]]}, OptionError, r"classes\['x'\]: got None; a list of names"),
         ({"classes": [["a", "a"], "ab"]}, OptionError, r"\['x'\]: a name occurs twice.*\n.*\['y'\]: got 'ab'; a list of"),
         ({"classes": {"x": ["a"], "z": ["b"]}}, OptionError, r"\['y'\]: missing.*\n.*\['z'\]: no model has this name"),
         ({"classes": [["a", "b"], ["a"]]}, ModelError, r"classes\['y'\]: 1 names for predictions \(2, 2\); one each"),
@@ -343,3 +346,27 @@ def test_the_same_classes_in_another_order_fit_products_too() -> None:
 def test_class_names_that_don_t_fit_are_refused(options: Any, error: Any, match: str) -> None:
     with pytest.raises(error, match=match):
         Ensemble({"x": Table(torch.eye(2)), "y": Table(torch.eye(2))}, **options)(torch.arange(2))
+
+
+def test_greedy_draws_networks_for_every_class_however_many_that_takes() -> None:
+    spaces = ["ab", "cd", "ef"]
+    targets = torch.arange(60) % 6
+    logs = torch.full((3, 60, 6), -math.inf)
+    for k in range(3):
+        logs[k, :, 2 * k : 2 * k + 2] = torch.randn(60, 2).log_softmax(1)
+    assert (learn("greedy", logs, targets)["weight"] > 0).all()
+    models = [Table(logs[k, :, 2 * k : 2 * k + 2]) for k in range(3)]
+    record = Ensemble(models, combine="greedy", classes=[list(s) for s in spaces]).calibrate(
+        (torch.arange(60), targets), progress=False
+    )
+    assert record.after["log_loss"] < 5
+
+
+def test_networks_that_end_in_a_softmax_are_refused() -> None:
+    models, x, targets = tables()
+    soft = [nn.Sequential(models[0], nn.Softmax(1)), models[1], nn.Sequential(models[2], nn.Softmax(1))]
+    ensemble = Ensemble(dict(zip("abc", soft, strict=True)))
+    said = r"models\['a'\]: gives probabilities, not logits; the network without.*\nmodels\['c'\]: gives"
+    with pytest.raises(ModelError, match=said):
+        ensemble.calibrate((x, targets), progress=False)
+    assert ensemble.numbers == {}

@@ -50,8 +50,14 @@ def cross_validated(
     combine: str, logs: Tensor, targets: Tensor, *, folds: int, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
     """(what is learned, values before, values after) from M networks' log-probabilities (M, n, classes) and classes (n,)."""
-    if not isinstance(folds, int) or folds < 2:
-        raise OptionError(Problem("folds", f"got {folds!r}", "a whole number from 2 up"))
+    rules = {"folds": (folds, 2), "seed": (seed, 0)}
+    problems = [
+        Problem(name, f"got {value!r}", f"a whole number from {least} up")
+        for name, (value, least) in rules.items()
+        if not isinstance(value, int) or isinstance(value, bool) or value < least
+    ]
+    if problems:
+        raise OptionError(*problems)
     if len(targets) < folds:
         wrong = f"{len(targets)} examples for {folds} folds"
         raise DataError(Problem("validation", wrong, "labelled examples, at least one a fold"))

@@ -49,7 +49,8 @@ def _weights(logs: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 
 def _greedy(logs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    own = _of_target(logs, targets).exp()
+    # A class that none of those drawn knows has the least chance that there is, so that the next draw can better it.
+    own = _of_target(logs, targets).exp().clamp(min=torch.finfo(logs.dtype).tiny)
     counts, total, loss = own.new_zeros(len(own)), torch.zeros_like(own[0]), math.inf
     for drawn in range(1, DRAWS + 1):
         losses = -((total + own) / drawn).log().mean(1)

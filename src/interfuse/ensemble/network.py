@@ -19,6 +19,7 @@ from interfuse.ensemble.batched import Batched, unlike
 from interfuse.ensemble.calibration import Calibration, cross_validated
 from interfuse.ensemble.combine import COMBINE, LEARNS, Labels, combined, log_probabilities_of
 from interfuse.errors import DataError, ModelError, OptionError, Problem, nearest
+from interfuse.evaluation.metrics import are_probabilities
 from interfuse.inference.predict import predict as predictions
 from interfuse.modules.inputs import Composite, call, inputs_by_model, prediction
 from interfuse.modules.members import members
@@ -45,6 +46,7 @@ LEARNED = (*dict.fromkeys(name for names in LEARNS.values() for name in names), 
 class Ensemble(Composite):
     """The predictions of several networks as one, (batch, classes), as logits whose softmax is the combined probability.
 
+    models: classifiers that give logits, whose softmax is p_k; for `combine="logits"` networks with any outputs.
     combine: the mean of `probabilities`, `log_probabilities` or `logits` (the outputs as they are, which regression needs),
         or a `vote`; `weighted`, `greedy`, `temperature` and `stacking` are learned by `calibrate`.
     classes: the class names of each network, a list a network or a dict by name, where they differ: the result has all
@@ -121,11 +123,15 @@ class Ensemble(Composite):
 
         validation: data that no network was trained on, with class numbers, as `predict` takes it (and its options).
         The record compares before and after, after by `folds`-fold cross-validation; what is kept is learned from all of
-        it. Raises `DataError` where the data don't fit, `ModelError` where the networks don't classify.
+        it. Raises `DataError` where the data don't fit, `ModelError` where the networks don't classify, or give
+        probabilities in place of logits.
         """
-        found = predictions(_Each(self), validation, **predict)
+        each = _Each(self)
+        found = predictions(each, validation, **predict)
         if found.targets is None:
             raise DataError(Problem("validation", "no targets", "labelled examples, at least one a fold"))
+        if each.soft:
+            raise ModelError(*(Problem(f"models[{name!r}]", SOFT, LOGITS) for name in self.names if name in each.soft))
         logs = found.outputs.double().transpose(0, 1)
         numbers, before, after = cross_validated(self.combine, logs, found.targets, folds=folds, seed=seed)
         self.learned(numbers)
@@ -238,15 +244,22 @@ def one_by_one(model: nn.Module) -> Iterator[None]:
             module.batched = batched
 
 
+#: A network that ends in a softmax, whose outputs would go through another one.
+SOFT, LOGITS = "gives probabilities, not logits", "the network without its softmax, or their logarithm"
+
+
 class _Each(Composite):
     """Every network's log-probabilities, (batch, networks, classes)."""
 
     def __init__(self, ensemble: Ensemble) -> None:
         super().__init__()
         self.ensemble, self.names = ensemble, ensemble.names
+        self.soft = set(ensemble.names)  # those that gave nothing but probabilities
 
     def forward(self, inputs: Any) -> Tensor:
         outputs = self.ensemble.each(inputs, all_of_them=True)
+        given = zip(self.names, outputs, strict=True)
+        self.soft -= {name for name, output in given if output is not None and not are_probabilities(output)}
         absent = [name for name, output in zip(self.names, outputs, strict=True) if output is None]
         if absent:
             raise ModelError(Problem("validation", f"no inputs for {absent}", "every network's inputs in every batch"))
@@ -269,7 +282,7 @@ def _spaces(names: Sequence[str], classes: Names | None) -> tuple[tuple[str, ...
         if len(listed) != len(names):
             problems.append(Problem("classes", f"{len(listed)} lists for {len(names)} networks", "one list a network"))
     for name, space in zip(names, listed, strict=False):
-        if isinstance(space, str) or not all(isinstance(label, str) for label in space):
+        if isinstance(space, str) or not isinstance(space, Sequence) or not all(isinstance(label, str) for label in space):
             problems.append(Problem(f"classes[{name!r}]", f"got {space!r}", "a list of names"))
         elif len(set(space)) < len(space):
             problems.append(Problem(f"classes[{name!r}]", "a name occurs twice", "each class has a name of its own"))

@@ -208,10 +208,14 @@ def _classes(name: str, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 def _log_probabilities(logits: Tensor) -> Tensor:
     if logits.shape[1] == 1:
         return torch.nn.functional.logsigmoid(torch.cat([-logits, logits], 1))
-    # Logits of every example in [0, 1] with sum one don't happen by chance: the model ends in a softmax.
-    if bool(((logits >= 0) & (logits <= 1)).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
-        return logits.log()
-    return logits.log_softmax(1)
+    return logits.log() if are_probabilities(logits) else logits.log_softmax(1)
+
+
+def are_probabilities(outputs: Tensor) -> bool:
+    """Whether every row of (n, 2 or more classes) is in [0, 1] and sums to one. Logits don't by chance: it's a softmax."""
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
+        return False
+    return bool(((outputs >= 0) & (outputs <= 1)).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all())
 
 
 def _numbers(name: str, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from interfuse.data import Data
 from interfuse.data.dataset import order_of
-from interfuse.errors import DataError, Problem
+from interfuse.errors import DataError, OptionError, Problem
 
 
 def batches(data: Any, batch_size: int = 64, *, shuffle: bool = False, seed: int = 0, name: str = "data") -> Iterable[Any]:
@@ -22,8 +22,10 @@ def batches(data: Any, batch_size: int = 64, *, shuffle: bool = False, seed: int
 
     A `DataLoader` or a list of batches is taken as it is, with its own order and batch size. A data set, or a pair of
     tensors (inputs, targets), is read in batches of `batch_size`, shuffled if asked. An iterator, which can be gone through
-    once only, is kept in memory. Raises `DataError` for anything else, or nothing at all.
+    once only, is kept in memory. Raises `DataError` for anything else, or nothing at all, `OptionError` for a batch size.
     """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise OptionError(Problem("batch_size", f"got {batch_size!r}", "a whole number from 1 up"))
     if isinstance(data, DataLoader):
         return data
     if isinstance(data, Data):

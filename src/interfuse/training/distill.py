@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, mse_loss
 
 from interfuse.ensemble.combine import Labels
+from interfuse.ensemble.network import LOGITS, SOFT
 from interfuse.errors import DataError, ModelError, OptionError, Problem, nearest
-from interfuse.evaluation.metrics import AnyMetric, find_metric, score
+from interfuse.evaluation.metrics import AnyMetric, are_probabilities, find_metric, score
 from interfuse.inference.batches import first
 from interfuse.inference.predict import predict
 from interfuse.modules.inputs import call, move, prediction, split_batch
@@ -92,7 +93,7 @@ def distill(
     begins = {"train": 0, "validation": len(lessons["train"].outputs[0])}
     sets = {name: numbered(loader, school.names, begins[name]) for name, loader in loaders.items()}
     inputs, outputs = _example(student, sets["train"])
-    goal = _Goal(lessons, labels, combine, temperature, alpha, hint_weight)
+    goal = _Goal(names, lessons, labels, combine, temperature, alpha, hint_weight)
     goal.fits(outputs, loss)
     model: nn.Module = student
     if pairs:
@@ -124,13 +125,23 @@ class _Goal:
     """The loss and the metric as functions of the student's outputs and the rows' numbers, train's before validation's."""
 
     def __init__(
-        self, lessons: dict[str, Lesson], labels: Labels, combine: str, temperature: float, alpha: float, hint_weight: float
+        self,
+        names: Sequence[str],
+        lessons: dict[str, Lesson],
+        labels: Labels,
+        combine: str,
+        temperature: float,
+        alpha: float,
+        hint_weight: float,
     ) -> None:
         every = list(lessons.values())
         self.lessons, self.temperature, self.alpha, self.hint_weight = lessons, temperature, alpha, hint_weight
         _check_lessons(lessons, labels, combine)
         floats = any(lesson.labels is not None and lesson.labels.is_floating_point() for lesson in every)
         self.numbers = labels.names is None and (floats or every[0].outputs[0].shape[1] == 1)
+        soft = [] if self.numbers else [n for n, z in zip(names, every[0].outputs, strict=True) if are_probabilities(z)]
+        if soft:
+            raise ModelError(*(Problem(f"teachers[{name!r}]", SOFT, LOGITS) for name in soft))
         if self.numbers:
             targets = [torch.stack(lesson.outputs).mean(0) for lesson in every]
         else:
