@@ -165,3 +165,60 @@ def test_problems_come_before_anything_is_done() -> None:
         Stages(LIST).run(target, {"a": Net(1)}, **QUICK)
     assert len(missing.value.problems) == 4  # b isn't there, and three stages have no data
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+def test_what_a_later_stage_asks_for_is_tried_before_the_first_one_trains() -> None:
+    target = Net(3)
+    before = values(target)
+    wrong = [
+        Stage("first", options=SHORT),
+        Stage("copy", copied={"a": ["layer.0.*"]}, train=["lyers.*"], options=SHORT),
+        Stage("more", copied={"a": {"depth": {"layers": {0: 7}}}}, train=[]),
+    ]
+    with pytest.raises(OptionError) as raised:
+        Stages(wrong).run(target, {"a": Net(1)}, data(), **QUICK)
+    assert [p.path for p in raised.value.problems] == [
+        "stages[1].copied['a']: rules['layer.0.*']",
+        "stages[1].train",
+        "stages[2].copied['a']: depth['layers']",
+    ]
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+def test_options_of_every_stage_are_looked_at_when_they_are_listed() -> None:
+    shapes: Any = {"grow": ["0"], "data": data()}
+    with pytest.raises(OptionError) as raised:
+        Stages([Stage(options={"epochs": -1, "precision": "fp4"}), Stage(**shapes), Stage(train=[1], options={"loss": "x"})])  # type: ignore[list-item]
+    assert [p.path for p in raised.value.problems] == [
+        "stages[0].options.epochs",
+        "stages[0].options.precision",
+        "stages[1].grow",
+        "stages[1].data",
+        "stages[2].train",
+        "stages[2].options.loss",
+    ]
+    with pytest.raises(OptionError, match="a Stage"):
+        Stages([{"name": "a"}])  # type: ignore[list-item]
+    with pytest.raises(ModelError, match="returns a network"):
+        Stages([Stage(grow=lambda net: None, train=[])]).run(Net(1), **QUICK)  # type: ignore[arg-type,return-value]
+
+
+def test_a_stage_takes_lightnings_options_and_one_pattern_alone() -> None:
+    target, a = Net(3), Net(1)
+    how = {"epochs": 1, "batch_size": 16, "cache": False, "precision": "bf16-mixed"}
+    Stages([Stage(copied={"a": "embed.*"}, train="classifier.*", options=how)]).run(target, {"a": a}, data(), **QUICK)
+    assert torch.equal(target.embed.weight, a.embed.weight)
+
+
+def test_functions_among_options_are_known_again_in_another_process() -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets)
+
+    assert "0x" not in str(Stage(options={"loss": loss, "callbacks": [Kill(1)]}).written())
+
+
+def test_layers_whose_numbers_skip_are_unfrozen_too() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    stages = unfreezing(net, epochs=0)
+    assert [stage.train for stage in stages][1:3] == [("head", "4.*"), ("head", "4.*", "2.*")]
+    Stages(stages).run(net, train=data(), **QUICK)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from interfuse.errors import ModelError, OptionError, Problem, nearest
+from interfuse.errors import ModelError, OptionError, Problem
 from interfuse.evaluation.metrics import AnyMetric
 from interfuse.extras import require
 from interfuse.inference.batches import batches, first
@@ -31,8 +30,9 @@ from interfuse.inference.features import cached, default_folder
 from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import call, move, prediction, split_batch
 from interfuse.modules.taps import quiet
-from interfuse.training.losses import LOSSES, Loss, loss_for, metric_for
-from interfuse.training.parameters import options_problems, trained
+from interfuse.training.losses import Loss, loss_for, metric_for
+from interfuse.training.options import options_problems
+from interfuse.training.parameters import trained
 from interfuse.training.statistics import renew_if_merged
 
 if TYPE_CHECKING:
@@ -118,21 +118,22 @@ def fit(
     from interfuse.training.loop import Loop, Rates
 
     begun = time.monotonic()
-    _check(
-        model=model,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        weight_decay=weight_decay,
-        patience=patience,
-        seed=seed,
-        lora=lora,
-        layer_decay=layer_decay,
-        l2_sp=l2_sp,
-        loss=loss,
-        resume=resume,
-        trainer=trainer,
-    )
+    given = {
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "weight_decay": weight_decay,
+        "patience": patience,
+        "seed": seed,
+        "train_only": train_only,
+        "lora": lora,
+        "layer_decay": layer_decay,
+        "l2_sp": l2_sp,
+        "loss": loss,
+        "metric": metric,
+        "resume": resume,
+    }
+    _check(model, {**given, **trainer})
     with _random_numbers(seed), _place_and_mode_kept(model):
         loaders = _loaders(train, validation, batch_size, seed)
         inputs, targets = split_batch(first(loaders[0], "train"))
@@ -170,33 +171,21 @@ def _record(loop: Loop, keeper: KeepBest, start: str, reason: str, renewed: int,
     )
 
 
-def _check(*, trainer: Mapping[str, Any], resume: Any, loss: Any, **given: Any) -> None:
+def wrong_options(options: Mapping[str, Any]) -> list[Problem]:
+    """Everything that is wrong among options of `fit`, Lightning's included, as far as it shows without a network."""
+    own = inspect.signature(fit).parameters
+    given = {name: parameter.default for name, parameter in own.items() if name not in _DATA} | dict(options)
+    return options_problems(given, [name for name in own if name not in _DATA])
+
+
+#: What `fit` takes besides options.
+_DATA = ("model", "train", "validation", "trainer")
+
+
+def _check(model: Any, options: Mapping[str, Any]) -> None:
     """Raise an `OptionError` with everything that is wrong among the options."""
-    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "model": (lambda v: isinstance(v, nn.Module), "a torch.nn.Module"),
-        "epochs": (lambda v: isinstance(v, int) and v >= 0, "a whole number from 0 up"),
-        "learning_rate": (lambda v: isinstance(v, int | float) and 0 < v < math.inf, "a number above 0"),
-        "batch_size": (lambda v: isinstance(v, int) and v > 0, "a whole number from 1 up"),
-        "weight_decay": (lambda v: isinstance(v, int | float) and 0 <= v < math.inf, "a number from 0 up"),
-        "patience": (lambda v: v is None or (isinstance(v, int) and v > 0), "a whole number from 1 up, or None"),
-        "seed": (lambda v: isinstance(v, int) and v >= 0, "a whole number from 0 up"),
-    }
-    problems = [
-        Problem(name, f"got {given[name]!r}", allowed) for name, (fine, allowed) in rules.items() if not fine(given[name])
-    ]
-    problems += options_problems(given["lora"], given["layer_decay"], given["l2_sp"])
-    if not callable(loss) and loss not in LOSSES:
-        problems.append(Problem("loss", f"got {loss!r}", f"{nearest(str(loss), LOSSES)} Or a function."))
-    if resume is not None and not Path(resume).exists():
-        problems.append(Problem("resume", f"no checkpoint at {str(resume)!r}", "a file that `checkpoints` left"))
-    known = [*inspect.signature(require("lightning.pytorch").Trainer).parameters]
-    ours = {"max_epochs": "it is `epochs`", "callbacks": ""}
-    allowed = [*(name for name in known if name not in ours), *inspect.signature(fit).parameters]
-    problems += [
-        Problem(name, "unknown option", ours.get(name) or nearest(name, allowed))
-        for name in trainer
-        if name not in known or name in ours
-    ]
+    problems = [] if isinstance(model, nn.Module) else [Problem("model", f"got {model!r}", "a torch.nn.Module")]
+    problems += wrong_options(options)
     if problems:
         raise OptionError(*problems)
 

@@ -173,15 +173,3 @@ def _network_heights(names: Sequence[str]) -> dict[str, int]:
         else:
             found[name] = 0 if place.side == "after" else count + 1
     return found
-
-
-def options_problems(lora: Any, layer_decay: Any, l2_sp: Any) -> list[Problem]:
-    """What is wrong with these options, if anything."""
-    problems = []
-    if not (lora is None or isinstance(lora, Mapping) or (isinstance(lora, int) and not isinstance(lora, bool) and lora >= 1)):
-        problems.append(Problem("lora", f"got {lora!r}", "a rank from 1 up, options of peft's LoraConfig, or None"))
-    if not (layer_decay is None or (isinstance(layer_decay, int | float) and 0 < layer_decay <= 1)):
-        problems.append(Problem("layer_decay", f"got {layer_decay!r}", "a number above 0, at most 1, or None"))
-    if isinstance(l2_sp, bool) or not isinstance(l2_sp, int | float) or not 0 <= l2_sp < float("inf"):
-        problems.append(Problem("l2_sp", f"got {l2_sp!r}", "a number from 0 up"))
-    return problems

@@ -10,9 +10,9 @@ of BERT by progressively stacking") are lists of stages. How tensors are copied 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,9 +24,10 @@ import torch
 from torch import nn
 
 from interfuse.checkpoints.layers import find_layers
-from interfuse.errors import ModelError, OptionError, Problem, nearest
+from interfuse.errors import ModelError, OptionError, Problem
 from interfuse.training.fit import FitRecord, fit
 from interfuse.transfer.report import Report
+from interfuse.transfer.stage_checks import check_run, stage_problems
 from interfuse.transfer.transplant import transplant
 
 
@@ -35,16 +36,16 @@ class Stage:
     """One step of `Stages`.
 
     name: for the record; left out, "stage 1", "stage 2", ...
-    copied: what is copied first, by the name of the model that it comes from: a list of globs of tensors, or options of
+    copied: what is copied first, by the name of the model that it comes from: globs of tensors, or options of
         `transplant` (rules, depth, adapt, ...; {} is all that fits by name).
     grow: a function from the network to a larger one, such as `lambda net: itf.grow(net, deeper=["blocks.3"], example=x)`.
     train: globs of the parameters that are trained, or "head"; None is all of them, an empty list trains nothing.
     data: (train, validation) in place of the data of all stages.
-    options: of `fit`: epochs, learning_rate, layer_decay, patience, lora, ...
+    options: of `fit`: epochs, learning_rate, layer_decay, patience, lora, precision, ...
     """
 
     name: str = ""
-    copied: Mapping[str, Sequence[str] | Mapping[str, Any]] = field(default_factory=dict)
+    copied: Mapping[str, str | Sequence[str] | Mapping[str, Any]] = field(default_factory=dict)
     grow: Callable[[nn.Module], nn.Module] | None = None
     train: Sequence[str] | str | None = None
     data: tuple[Any, Any] | None = None
@@ -52,15 +53,15 @@ class Stage:
 
     def copies(self) -> dict[str, dict[str, Any]]:
         """`copied` as options of `transplant`."""
-        alone = lambda globs: {"rules": {**{glob: glob for glob in globs}, "*": None}}
+        alone = lambda globs: {"rules": {**{g: g for g in ([globs] if isinstance(globs, str) else globs)}, "*": None}}
         return {name: dict(how) if isinstance(how, Mapping) else alone(how) for name, how in self.copied.items()}
 
     def written(self) -> dict[str, Any]:
         """What of a stage can be written down, to know it again."""
-        options = {name: repr(value) for name, value in self.options.items()}
+        options = {name: _said(value) for name, value in self.options.items()}
         return {
             "name": self.name,
-            "copied": repr(dict(self.copied)),
+            "copied": _said(dict(self.copied)),
             "train": self.train,
             "grows": self.grow is not None,
             **options,
@@ -113,23 +114,16 @@ class StagesRecord:
 class Stages:
     """Builds up a network in stages.
 
-    A class, since the list is checked when it is made, before any network is there. Raises `OptionError` for options that
-    `fit` doesn't know and names that stand twice.
+    A class, since the list is checked when it is made, before any network is there. Raises `OptionError` with all that is
+    wrong in any stage's options, and names that stand twice.
     """
 
     def __init__(self, stages: Iterable[Stage]) -> None:
-        self.stages = tuple(replace(s, name=s.name or f"stage {i}") for i, s in enumerate(stages, 1))
-        problems = []
-        for i, stage in enumerate(self.stages):
-            problems += _unknown(stage.options, fit, _FIXED, f"stages[{i}].options")
-            for name, how in stage.copies().items():
-                problems += _unknown(how, transplant, _ENDS, f"stages[{i}].copied[{name!r}]")
-        names = [stage.name for stage in self.stages]
-        problems += [Problem("stages", f"the name {name!r} stands twice", "different names") for name in _twice(names)]
-        if not self.stages:
-            problems.append(Problem("stages", "none are given", "one or more"))
+        given = tuple(stages)
+        problems = stage_problems(given)
         if problems:
             raise OptionError(*problems)
+        self.stages = tuple(replace(s, name=s.name or f"stage {i}") for i, s in enumerate(given, 1))
 
     def run(
         self,
@@ -150,13 +144,14 @@ class Stages:
         kept, so that with `resume` a run that was killed goes on in the stage, at the epoch, where it was; with the same
         data and seed it ends with the same weights. **trainer: Lightning's options and callbacks, for every stage.
 
-        Raises `ModelError` for names of models that aren't there, `OptionError` for a folder that holds other stages.
+        Raises `ModelError` and `OptionError` for names that aren't there and copies that don't fit, in whatever stage until
+        one grows the network, before anything is changed; `OptionError` for a folder that holds other stages.
         """
-        self._check(models or {}, train)
+        check_run(self.stages, target, models, train)
         kept = None if folder is None else _Kept(Path(folder), self._hash(seed), resume)
         done = 0 if kept is None else kept.done
         for stage in self.stages[:done]:
-            target = target if stage.grow is None else stage.grow(target)
+            target = _grown(stage, target)
         if kept is not None and done:
             kept.load(target)
         records = []
@@ -165,7 +160,7 @@ class Stages:
                 name: transplant((models or {})[name], target, **{"show": progress, **how})
                 for name, how in stage.copies().items()
             }
-            target = target if stage.grow is None else stage.grow(target)
+            target = _grown(stage, target)
             training = None
             if stage.train is None or stage.train:
                 how = {"seed": seed, "progress": progress, **trainer, **stage.options}
@@ -177,39 +172,25 @@ class Stages:
         earlier = () if kept is None else tuple(kept.records[:done])
         return StagesRecord(target, tuple(records), tuple(stage.name for stage in self.stages[:done]), earlier)
 
-    def _check(self, models: Mapping[str, nn.Module], train: Any) -> None:
-        problems = [
-            Problem(f"stages[{i}].copied[{name!r}]", "no model has this name", nearest(name, models))
-            for i, stage in enumerate(self.stages)
-            for name in stage.copied
-            if name not in models
-        ]
-        problems += [
-            Problem(f"stages[{i}].data", "there is nothing to train on", "data of its own, or train= for all stages")
-            for i, stage in enumerate(self.stages)
-            if train is None and stage.data is None and (stage.train is None or stage.train)
-        ]
-        if problems:
-            raise ModelError(*problems)
-
     def _hash(self, seed: int) -> str:
         text = json.dumps([seed, *(stage.written() for stage in self.stages)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-#: What `run` itself gives to `fit`, and to `transplant`.
-_FIXED = ("model", "train", "validation", "train_only", "checkpoints", "resume", "trainer")
-_ENDS = ("source", "target", "out", "overwrite")
+def _said(value: Any) -> str:
+    """A value in words that are the same in another process: a function or object without its address."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
-def _unknown(given: Mapping[str, Any], function: Callable[..., Any], fixed: Sequence[str], path: str) -> list[Problem]:
-    """Options that a function doesn't have."""
-    known = [name for name in inspect.signature(function).parameters if name not in fixed]
-    return [Problem(f"{path}.{name}", "unknown option", nearest(name, known)) for name in given if name not in known]
-
-
-def _twice(names: Sequence[str]) -> list[str]:
-    return sorted({name for name in names if names.count(name) > 1})
+def _grown(stage: Stage, target: nn.Module) -> nn.Module:
+    if stage.grow is None:
+        return target
+    grown = stage.grow(target)
+    if not isinstance(grown, nn.Module):
+        raise ModelError(
+            Problem(f"{stage.name}: grow", f"gave a {type(grown).__name__}", "a function that returns the network")
+        )
+    return grown
 
 
 class _Kept:
@@ -280,7 +261,7 @@ def unfreezing(model: nn.Module, *, first: str | Sequence[str] = "head", **optio
     stack = max(layers.stacks, key=lambda stack: stack.count)
     opened = [first] if isinstance(first, str) else list(first)
     opened_all = [Stage("head", train=tuple(opened), options=options)]
-    for layer in reversed(range(stack.count)):
-        opened.append(f"{stack.name(layer, '')}.*")
+    for layer in reversed(stack.numbers):
+        opened.append(f"{stack.head}{layer}.*")
         opened_all.append(Stage(f"{stack} {layer} and above", train=tuple(opened), options=options))
     return [*opened_all, Stage("all", options=options)]
