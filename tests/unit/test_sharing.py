@@ -242,6 +242,34 @@ def test_what_is_registered_behind_the_blocks_is_named() -> None:
         share_trunk(nets, 2, also=["tabel"])
 
 
+class Walked(nn.Module):
+    """Goes through its list, or chain, of blocks by itself."""
+
+    def __init__(self, kind: type[nn.ModuleList] | type[nn.Sequential]) -> None:
+        super().__init__()
+        parts = [nn.Linear(6, 6) for _ in range(3)]
+        self.stem = nn.Linear(4, 6)
+        self.blocks = nn.ModuleList(parts) if kind is nn.ModuleList else nn.Sequential(*parts)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x).relu()
+        out: Tensor = self.head(x)
+        return out
+
+
+@pytest.mark.parametrize("kind", [nn.ModuleList, nn.Sequential])
+def test_a_list_or_chain_as_the_last_block(kind: Any) -> None:
+    torch.manual_seed(0)
+    nets: dict[str, nn.Module] = {name: Walked(kind).eval() for name in "ab"}
+    x = torch.randn(5, 4)
+    whole, all_blocks = share_trunk(nets, "blocks"), share_trunk(nets, 3)
+    assert all(torch.equal(output, all_blocks(x)[name]) for name, output in whole(x).items())
+    assert cost(whole, x).parameters == cost(all_blocks, x).parameters
+
+
 def test_batch_statistics_can_be_estimated_anew() -> None:
     shared = share_trunk(experts(), 2)
     assert itf.reset_statistics(shared, [torch.randn(16, 4)]) == 3 * 1 + 2

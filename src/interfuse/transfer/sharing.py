@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,7 +95,8 @@ class SharedTrunk(Composite):
         """A copy of an expert that goes to the trunk for what is shared; it copies nothing of that."""
         memo: dict[int, Any] = {}
         for number, path in enumerate(trunk.modules):
-            memo[id(expert.get_submodule(path))] = _Stand(self.trunk[number], number, self._tape)
+            kind = _Chain if isinstance(self.trunk[number], nn.Sequential) else _Stand
+            memo[id(expert.get_submodule(path))] = kind(self.trunk[number], number, self._tape)
         for path, parameter in zip(trunk.parameters, self.free, strict=True):
             memo[id(expert.get_parameter(path))] = parameter
         result: nn.Module = copy.deepcopy(expert, memo)
@@ -236,6 +237,19 @@ class _Stand(nn.Module):
             if "module" not in self.__dict__:
                 raise
             return getattr(self.__dict__["module"], name)
+
+
+class _Chain(_Stand):
+    """In place of a Sequential, which a network may go through by itself: its parts are shared, and computed for each."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.__dict__["module"])
+
+    def __len__(self) -> int:
+        return len(self.__dict__["module"])
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.__dict__["module"][at]
 
 
 def _check(experts: Any, base: Any) -> None:

@@ -127,8 +127,9 @@ def trunk_of(network: nn.Module, blocks: Blocks, depth: int, also: Sequence[str]
     parameters += _own(holder, path, places)
     for number in range(depth - 1):
         modules += called(holder.get_submodule(blocks.names[number]), blocks.at(number), None)
-    end = blocks.at(depth - 1)
-    return Trunk((*dict.fromkeys(where for where in modules if where != end), end), tuple(parameters))
+    last = blocks.at(depth - 1)
+    ends = called(network.get_submodule(last), last, None) or [last]
+    return Trunk((*(where for where in dict.fromkeys(modules) if where not in ends), *ends), tuple(parameters))
 
 
 def _own(holder: nn.Module, path: str, places: Mapping[str, Place]) -> list[str]:
