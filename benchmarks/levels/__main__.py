@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from benchmarks.levels import features, layers, outputs, table, weights
-from benchmarks.levels.bench import EPOCHS, Bench, Row
+from benchmarks.levels.bench import Bench, Row
 from benchmarks.levels.data import SETS, load
 from benchmarks.levels.networks import tokenizer
 
@@ -29,6 +29,7 @@ METHODS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "parents": outputs.baselines,
     "ensembles": outputs.ensembles,
     "features": features.fusions,
+    "unseen": features.unseen,
     "student": outputs.students,
     "merges": weights.merges,
     "joined": layers.joined,
@@ -44,7 +45,6 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, help="where trained networks and features are kept")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), metavar="SET", help=", ".join(SETS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M", help=", ".join(METHODS))
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="a parent's epochs, 3 or more")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where results.json and README.md are written")
     parser.add_argument("--latency", action="store_true", help="measure latencies of all that has a row")
     options = parser.parse_args()
@@ -53,7 +53,7 @@ def main() -> None:
     for name in options.sets:
         kind, train = SETS[name]
         task = load(name, options.data, tokenizer() if kind == "text" else None, train)
-        bench = Bench(task, options.cache, options.epochs)
+        bench = Bench(task, options.cache)
         for method in options.methods:
             for row in METHODS[method](bench):
                 table.add(options.out, bench, row, latency=options.latency)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.levels.data import Task
-from benchmarks.levels.networks import PARENTS, probe, without_norms
+from benchmarks.levels.data import Task, part
+from benchmarks.levels.networks import PARENTS, probe
 from torch import Tensor, nn
 
 import interfuse as itf
@@ -27,8 +27,11 @@ from interfuse.data import Data
 from interfuse.evaluation.cost import cost
 from interfuse.evaluation.metrics import score
 
-EPOCHS, SEEDS = 3, (0, 1, 2)
-RATES = (1e-4, 3e-4)
+SEEDS = (0, 1, 2)
+EPOCHS = {"image": 5, "text": 3}
+RATES = {"image": (3e-4, 1e-3), "text": (1e-4, 3e-4)}
+#: For how many epochs learning rates are tried, and on which share of the training part.
+TRIED = {"image": (2, 1.0), "text": (1, 1 / 3)}
 PARTS = ("validation", "test")
 
 
@@ -63,8 +66,8 @@ def timed(found: dict[str, Any]) -> Iterator[None]:
 class Bench:
     """One set and its parents. A class, for what is asked for again: rates, the best parent, predictions."""
 
-    def __init__(self, task: Task, cache: Path, epochs: int = EPOCHS) -> None:
-        self.task, self.cache, self.epochs = task, cache, epochs
+    def __init__(self, task: Task, cache: Path) -> None:
+        self.task, self.cache, self.epochs = task, cache, EPOCHS[task.kind]
         self.names = tuple(PARENTS[task.kind])
 
     def kept(self, spec: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -114,19 +117,20 @@ class Bench:
     def fit(self, network: nn.Module, *, epochs: int, rate: float, seed: int = 0, data: Data | None = None, **more: Any) -> Any:
         """`itf.fit` on the training part, the best epoch by validation."""
         how: dict[str, Any] = {"epochs": epochs, "learning_rate": rate, "seed": seed, "patience": None, "progress": False}
-        if self.task.kind == "image" and not isinstance(network, itf.ModelFusion | itf.CrossStitch):
-            more = {"train_only": without_norms(network), **more}
         loader = self.task.loader(data or self.task.train, seed)
         return itf.fit(network, loader, self.task.validation, accelerator="cpu", **how, **more)
 
     def rate(self, name: str, build: Callable[[], nn.Module] | None = None, rates: Sequence[float] = (), **more: Any) -> float:
-        """The learning rate that is best on the validation part after one short epoch, on a third of the training part."""
-        rates = rates or RATES
+        """The learning rate that is best on the validation part after a short training."""
+        rates = rates or RATES[self.task.kind]
 
         def make() -> dict[str, Any]:
-            some = self.task.train.split(1 / 3, seed=0)[1]
+            epochs, share = TRIED[self.task.kind]
+            some = part(self.task.train, round(share * len(self.task.train)))
+            networks = (build() if build else self.start(name) for _ in rates)
             found = [
-                self.fit(build() if build else self.start(name), epochs=1, rate=rate, data=some, **more).best for rate in rates
+                self.fit(network, epochs=epochs, rate=rate, data=some, **more).best
+                for network, rate in zip(networks, rates, strict=True)
             ]
             return {"tried": [[one["validation_accuracy"], -one["validation_loss"]] for one in found]}
 
@@ -139,12 +143,8 @@ class Bench:
         spec = {"fine-tune": name, "seed": seed, "epochs": epochs, "learning rate": rate}
         note = f"learning rate {rate:g}"
         return self.trained(
-            self.start(name), spec, lambda net: self._said(self.fit(net, epochs=epochs, rate=rate, seed=seed), note)
+            self.start(name), spec, lambda net: said_of(self.fit(net, epochs=epochs, rate=rate, seed=seed), note)
         )
-
-    @staticmethod
-    def _said(record: Any, note: str) -> str:
-        return f"{note}, epoch {record.best_epoch}"
 
     @cached_property
     def parents(self) -> dict[str, Made]:
@@ -185,3 +185,8 @@ class Bench:
     def row(self, level: str, method: str, made: Made) -> Row:
         """The row of a network."""
         return Row(level, method, made, self.said(made))
+
+
+def said_of(record: Any, note: str) -> str:
+    """A training's remark."""
+    return f"{note}, epoch {record.best_epoch}"

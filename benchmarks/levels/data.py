@@ -47,7 +47,7 @@ class NearLengths(BatchSampler):
 
 @dataclass(frozen=True)
 class Task:
-    """One set. `pool` is `train` and as many examples more, whose labels aren't used."""
+    """One set. `pool` is `train` and as many examples more, as far as there are so many; `more` are those alone."""
 
     name: str
     kind: str
@@ -55,13 +55,14 @@ class Task:
     train: Data
     validation: Data
     pool: Data
+    more: Data
     test: Data
 
     @property
     def spec(self) -> dict[str, Any]:
         """What the data are, for the cache's keys."""
         sizes = [len(part) for part in (self.train, self.validation, self.pool, self.test)]
-        return {"set": self.name, "sizes": sizes, "batch": BATCH}
+        return {"set": self.name, "sizes": sizes, "batch": BATCH} | ({"norms": "trained"} if self.kind == "image" else {})
 
     def loader(self, data: Data, seed: int = 0) -> DataLoader[Any]:
         """Batches to train on."""
@@ -89,7 +90,8 @@ def load(name: str, folder: Path, tokenizer: Callable[..., Any] | None, train: i
     whole, test = parts["train"], parts["test"]
     rest, validation = whole.split(VALIDATION / len(whole), seed=0)
     pool = part(rest, 2 * train)
-    return Task(name, kind, len(labels), part(pool, train), validation, pool, part(test, TEST))
+    more, taken = pool.split(train / len(pool), seed=0)
+    return Task(name, kind, len(labels), taken, validation, pool, more, part(test, TEST))
 
 
 def part(data: Data, count: int) -> Data:

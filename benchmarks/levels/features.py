@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from benchmarks.levels.bench import Bench, Made, Row
+from benchmarks.levels.bench import Bench, Made, Row, said_of
 from benchmarks.levels.networks import PLACES
 from torch import nn
 
@@ -25,22 +25,36 @@ def fusions(bench: Bench) -> Iterator[Row]:
         yield bench.row(LEVEL, kind, _fused(bench, kind, CHOICES))
 
 
-def _fused(bench: Bench, kind: str, choices: Sequence[tuple[bool, float]]) -> Made:
+def unseen(bench: Bench) -> Iterator[Row]:
+    """Some kinds, trained on examples that the parents haven't seen; the best parent with these examples from its start."""
+    name, rate, pool = bench.best, bench.rate(bench.best), bench.task.pool
+    spec = {"fine-tune": name, "epochs": bench.epochs, "learning rate": rate, "on": "the pool"}
+    note = f"learning rate {rate:g}"
+    parent = bench.trained(
+        bench.start(name), spec, lambda net: said_of(bench.fit(net, epochs=bench.epochs, rate=rate, data=pool), note)
+    )
+    yield bench.row("baselines", f"{name}, trained on those examples too", parent)
+    for kind in ("concat", "attention", "gate"):
+        yield bench.row(LEVEL, f"{kind}, on unseen examples", _fused(bench, kind, CHOICES, unseen=True))
+
+
+def _fused(bench: Bench, kind: str, choices: Sequence[tuple[bool, float]], *, unseen: bool = False) -> Made:
     """The choice that is best on validation."""
-    tried = [_at(bench, kind, residual, rate) for residual, rate in choices]
+    tried = [_at(bench, kind, residual, rate, unseen) for residual, rate in choices]
     return max(tried, key=lambda made: bench.rank(bench.predicted(made, "validation")))
 
 
-def _at(bench: Bench, kind: str, residual: bool, rate: float) -> Made:
+def _at(bench: Bench, kind: str, residual: bool, rate: float, unseen: bool) -> Made:
     networks = {f"parent{k}": made.network for k, made in enumerate(bench.parents.values())}
     fusion = itf.ModelFusion(
         networks, kind, head=bench.task.classes, example=bench.task.example(4), residual=residual, copy=False
     )
     spec = {"fusion": kind, "residual": residual, "learning rate": rate, "epochs": EPOCHS}
-    spec |= {"of": [made.spec for made in bench.parents.values()]}
+    spec |= {"of": [made.spec for made in bench.parents.values()]} | ({"on": "unseen examples"} if unseen else {})
+    data = bench.task.more if unseen else bench.task.train
 
     def train(network: nn.Module) -> str:
-        record = bench.fit(network, epochs=EPOCHS, rate=rate, cache=bench.cache / "features")
+        record = bench.fit(network, epochs=EPOCHS, rate=rate, data=data, cache=bench.cache / "features")
         start = bench.names[int(record.start[-1])] if record.start[-1:].isdigit() else record.start
         return f"learning rate {rate:g}, epoch {record.best_epoch}, {f'from {start}' if start else 'from nothing'}"
 

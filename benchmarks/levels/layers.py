@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from benchmarks.levels.bench import Bench, Made, Row
 from benchmarks.levels.data import part
-from benchmarks.levels.networks import PLACES, UPPER, without_norms
+from benchmarks.levels.networks import PLACES, UPPER, normalized
 from benchmarks.levels.outputs import seeds
 from torch import nn
 
@@ -51,6 +51,7 @@ def _transplanted(bench: Bench) -> Made:
     def train(network: nn.Module) -> str:
         network.load_state_dict(below.network.state_dict())
         itf.transplant(above.network, network, {**{glob: glob for glob in UPPER[bench.best]}, "*": None}, show=False)
+        normalized(network, bench.task)
         return ""
 
     return bench.trained(bench.start(bench.best), spec, train, below, above)
@@ -75,14 +76,12 @@ def _student(bench: Bench) -> nn.Module:
 
 def _in_stages(bench: Bench) -> Made:
     rate, student = bench.rate(bench.names[1]), _student(bench)
-    everything = without_norms(student)
-    above = [name for name in everything if not name.startswith("backbones.0.")]
     last = {"epochs": bench.epochs - 2, "learning_rate": rate}
     stages = itf.Stages(
         [
             itf.Stage("the stitch", train=["map.*"], options={"epochs": 1, "learning_rate": 1e-3}),
-            itf.Stage("and above", train=above, options={"epochs": 1, "learning_rate": rate}),
-            itf.Stage("all", train=everything, options=last),
+            itf.Stage("and above", train=["map.*", "backbones.1.*"], options={"epochs": 1, "learning_rate": rate}),
+            itf.Stage("all", train=ALL, options=last),
         ]
     )
     spec = {"stages": [stage.written() for stage in stages.stages], "of": bench.names}
@@ -108,8 +107,6 @@ def _from_nothing(bench: Bench) -> Made:
 
     def train(network: nn.Module) -> str:
         record = bench.fit(network, epochs=bench.epochs, rate=rate, train_only=ALL)
-        if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):  # whose own lag behind in so few steps
-            itf.reset_statistics(network, bench.task.train, progress=False)
         return f"learning rate {rate:g}, epoch {record.best_epoch}"
 
     return bench.trained(build(), spec, train)

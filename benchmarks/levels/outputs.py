@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from benchmarks.levels.bench import PARTS, SEEDS, Bench, Made, Row
 from benchmarks.levels.data import part
-from benchmarks.levels.networks import without_norms
 
 import interfuse as itf
 
@@ -67,14 +66,15 @@ def students(bench: Bench) -> Iterator[Row]:
     """Students of the parents' ensemble: the best parent's pre-trained network, at one parent's cost."""
     teacher = ensemble(bench, "probabilities", list(bench.parents.values()))
     yield bench.row(LEVEL, f"student ({bench.best}) of the ensemble", _student(bench, teacher, more=False))
-    yield bench.row(LEVEL, "student by the teacher alone, half as many examples more", _student(bench, teacher, more=True))
+    yield bench.row(LEVEL, "student by the teacher alone, on more examples", _student(bench, teacher, more=True))
 
 
 def _student(bench: Bench, teacher: Made, *, more: bool) -> Made:
     """With `more`, by the teacher alone, on examples that it hasn't seen too, in as many steps."""
-    rate, count = bench.rate(bench.best), len(bench.task.train)
-    data = part(bench.task.pool, count * bench.epochs // (bench.epochs - 1)) if more else bench.task.train
-    epochs, alpha = bench.epochs - int(more), 0.0 if more else 0.5
+    rate, epochs, data, alpha = bench.rate(bench.best), bench.epochs, bench.task.train, 0.5
+    if more:
+        epochs, alpha = bench.epochs // 2 + 1, 0.0
+        data = part(bench.task.pool, len(data) * bench.epochs // epochs)
     spec = {"student": bench.best, "of": teacher.spec, "epochs": epochs, "alpha": alpha, "more": len(data)}
 
     def train(network: torch.nn.Module) -> str:
@@ -87,7 +87,6 @@ def _student(bench: Bench, teacher: Made, *, more: bool) -> Made:
             epochs=epochs,
             learning_rate=rate,
             patience=None,
-            train_only=without_norms(network),
             accelerator="cpu",
             progress=False,
         )

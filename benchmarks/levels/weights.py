@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.levels.bench import Bench, Made, Row
+from benchmarks.levels.networks import normalized
 from benchmarks.levels.outputs import seeds
 from torch import nn
 
@@ -40,6 +41,7 @@ def _merged(bench: Bench, method: str, members: list[Made], options: dict[str, A
 
     def train(network: nn.Module) -> None:
         network.load_state_dict(itf.merge(method, models, base=base, **options).state_dict())
+        normalized(network, bench.task)
 
     return bench.trained(bench.start(bench.best), spec, train, *members)
 
@@ -62,5 +64,6 @@ def _learned(bench: Bench, members: list[Made]) -> Made:
             progress=False,
         )
         network.load_state_dict(found.merge().state_dict())
+        normalized(network, bench.task)
 
     return bench.trained(bench.start(bench.best), spec, train, *members)
