@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import interfuse as itf
-from interfuse.errors import CheckpointError, ModelError, OptionError
+from interfuse.errors import CheckpointError, DataError, ModelError, OptionError
 from interfuse.modules.fused import ModelFusion
 from interfuse.training.fit import fit
+from interfuse.training.loop import Loop, Rates
 from interfuse.training.parameters import groups, heads, trained
 from interfuse.training.statistics import reset_statistics
 
@@ -254,3 +255,86 @@ def test_a_merge_within_a_fusion_counts_too() -> None:
     merged = itf.merge("linear", [normed(1), normed(2)])
     fusion = ModelFusion([merged, Deep()], head=3)
     assert fit(fusion, data(), **QUICK | {"epochs": 1}).statistics == 1
+
+
+class Attentive(nn.Module):
+    """torch's own transformer layers, which read weights past their modules in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(4, 8)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(x)[:, None].repeat(1, 2, 1)).mean(1))
+
+
+def test_what_is_validated_with_lora_is_what_the_network_then_gives() -> None:
+    model = Attentive()
+    how = QUICK | {"lora": 4, "learning_rate": 1e-2, "epochs": 3}
+    record = fit(model, data(), data(30, 1), **how)
+    inputs, targets = data(30, 1)
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+    assert record.best_epoch > 0
+    assert record.best["validation_loss"] == pytest.approx(float(loss), abs=1e-5)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_with_lora_the_distance_of_l2_sp_is_that_of_the_weights() -> None:
+    model = Deep()
+    before = copy.deepcopy(model.state_dict())
+    with trained(model, data()[0], None, 2):
+        loop = Loop(model, nn.functional.cross_entropy, None, Rates(1e-3, l2_sp=1.0))
+        loop.setup("fit")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape))
+        distance = float(loop._distance().detach())
+    moved = sum(float((value - before[name]).square().sum()) for name, value in model.state_dict().items())
+    assert distance == pytest.approx(moved, rel=1e-5)
+    assert changed(before, model) >= {"classifier.weight", "layers.0.weight"}
+
+
+@pytest.mark.parametrize("lora", [{"modules_to_save": ["classifier"], "bias": "all"}, {"target_modules": ["nothing"]}])
+def test_what_lora_cannot_do_is_told_and_the_network_stays(lora: dict[str, Any]) -> None:
+    model = Deep()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(OptionError, match="lora"):
+        fit(model, data(), lora=lora, **QUICK)
+    assert list(model.state_dict()) == list(before)
+    assert not changed(before, model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_the_precision_of_training_is_not_that_of_the_network(precision: str) -> None:
+    model = normed(0)
+    before = copy.deepcopy(model.state_dict())
+    fit(model, data(), data(30, 1), precision=precision, train_only="3.*", **QUICK)
+    assert all(value.dtype == before[name].dtype for name, value in model.state_dict().items())
+    assert changed(before, model) <= {"3.weight", "3.bias"}
+    model(data()[0])
+
+
+def test_a_last_batch_of_one_example_is_no_trouble_to_batch_normalisation() -> None:
+    record = fit(normed(0), data(65), data(33, 1), **QUICK)
+    assert len(record.history) == 3
+    merged = itf.merge("linear", [normed(1), normed(2)])
+    assert fit(merged, data(65), **QUICK).statistics == 1
+    assert reset_statistics(normed(0), data(65), batch_size=16, progress=False) == 1
+    with pytest.raises(DataError, match="one example"):
+        fit(normed(0), data(), **QUICK | {"batch_size": 1})
+    with pytest.raises(DataError, match="one example"):
+        reset_statistics(normed(0), data(), batch_size=1, progress=False)
+
+
+def test_lightnings_own_options_are_looked_at_with_the_others() -> None:
+    with pytest.raises(OptionError) as raised:
+        fit(Deep(), data(), train_only=3, metric="acuracy", **QUICK | {"precision": "fp4", "epochs": -1})  # type: ignore[arg-type]
+    paths = [p.path for p in raised.value.problems]
+    assert paths[:3] == ["epochs", "train_only", "metric"]
+    assert "precision" in paths[3]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from interfuse.data.dataset import Shuffled
 from interfuse.errors import ModelError, OptionError, Problem
 from interfuse.evaluation.metrics import AnyMetric
 from interfuse.extras import require
@@ -38,6 +39,7 @@ from interfuse.training.statistics import renew_if_merged
 if TYPE_CHECKING:
     from interfuse.training.loop import KeepBest, Loop
 
+_Norm = nn.modules.batchnorm._BatchNorm
 Loaders: TypeAlias = "tuple[Any, Any]"  # train, and validation or None
 
 
@@ -92,7 +94,8 @@ def fit(
     """Train `model` in place and leave it in evaluation mode, with the weights of the best epoch on `validation`.
 
     train, validation: a DataLoader, a data set, (inputs, targets), any iterable of batches, or a LightningDataModule as
-        `train`. Data sets are shuffled and cut in batches of `batch_size`; loaders keep their own order.
+        `train`. Data sets are shuffled and cut in batches of `batch_size`, without a last one of a single example where
+        BatchNorm is trained; loaders keep their own order.
     epochs: passes over the data, 0 or more; 0 only finds the best parent to start from.
     loss: a name or a function (outputs, targets) -> scalar. "auto": cross-entropy for whole-number targets (binary for one
         output), mean squared error for floats.
@@ -310,10 +313,10 @@ def _run(
             "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in options["callbacks"]),
         }
         runner = Trainer(**{**defaults, **options, "callbacks": [*options["callbacks"], keeper]})
-        train, validation = _turns(loop, loaders, seed, several=runner.world_size > 1)
         _prepare(loop.model)
+        train, validation = _turns(loop, loaders, seed, several=runner.world_size > 1)
         try:
-            with interruptible():
+            with interruptible(), _types_kept(loop.model):
                 runner.fit(loop, train, validation, ckpt_path=None if resume is None else str(resume))
         except BaseException:
             keeper.put_back()
@@ -327,11 +330,39 @@ def _turns(loop: Loop, loaders: Loaders, seed: int, *, several: bool) -> Loaders
     from interfuse.training.loop import Epochs
 
     train, validation = loaders
+    _leave_out_a_single_one(loop.model, train)
     if not (several and isinstance(train, DataLoader)):
         train = Epochs(train, loop, seed)
     if not (validation is None or isinstance(validation, DataLoader)):
         validation = Epochs(validation, loop, None)
     return train, validation
+
+
+def _leave_out_a_single_one(model: nn.Module, loader: Any) -> None:
+    """Of a loader made here: BatchNorm can't be trained on a last batch of one example, which is another one each epoch."""
+    if isinstance(loader, DataLoader) and isinstance(loader.sampler, Shuffled):
+        left = len(loader.sampler) % loader.batch_size if loader.batch_size else 0
+        if left == 1 < len(loader.sampler) and any(isinstance(m, _Norm) and m.training for m in model.modules()):
+            loader.batch_sampler.drop_last = True  # type: ignore[union-attr]
+
+
+@contextmanager
+def _types_kept(model: nn.Module) -> Iterator[None]:
+    """Ends with the types of before: Lightning's precision "bf16-true" makes all of a model bf16. What wasn't trained has its
+    own values again, none rounded."""
+    parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
+    buffers = [(m, key, b) for m in model.modules() for key, b in m._buffers.items() if b is not None]
+    try:
+        yield
+    finally:
+        for parameter, before, learned in parameters:
+            if parameter.dtype != before.dtype:
+                parameter.data = parameter.data.to(before.dtype) if learned else before.to(parameter.device)
+                parameter.grad = None
+        for module, key, old in buffers:
+            now = module._buffers[key]
+            if now is not None and now.dtype != old.dtype:
+                module._buffers[key] = now.to(old.dtype)
 
 
 def _prepare(model: nn.Module) -> None:

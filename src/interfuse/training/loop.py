@@ -27,6 +27,7 @@ from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import call, prediction, split_batch
 from interfuse.training.losses import Loss
 from interfuse.training.parameters import groups
+from interfuse.training.statistics import of_one_example
 
 
 def forward(model: nn.Module, batch: Any, *, from_readings: bool) -> tuple[Tensor, Any]:
@@ -65,24 +66,32 @@ class Loop(lightning.LightningModule):
         self.model, self.loss, self.metric, self.rates = model, loss, metric, rates
         self.from_readings = False
         self.starts: list[tuple[nn.Parameter, Tensor]] = []
+        self.factors: list[Any] = []
         self.seen: list[tuple[Tensor, Any]] = []
 
     def setup(self, stage: str) -> None:
         """Remember the start, where the loss needs it."""
         if self.rates.l2_sp:
-            self.starts = [(p, p.detach().clone()) for p in self.model.parameters() if p.requires_grad]
+            named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+            self.starts = [(p, p.detach().clone()) for name, p in named if ".lora_" not in name]
+            self.factors = [m for m in self.model.modules() if hasattr(m, "get_delta_weight")]
 
     def training_step(self, batch: Any, index: int) -> Tensor:
         """The loss of one batch."""
-        outputs, targets = forward(self.model, batch, from_readings=self.from_readings)
+        try:
+            outputs, targets = forward(self.model, batch, from_readings=self.from_readings)
+        except ValueError as error:
+            raise of_one_example(error) from None
         loss = self.loss(outputs, targets)
         self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(outputs), sync_dist=True)
         loss = loss + auxiliary_loss(self.model)
         return loss + self.rates.l2_sp / 2 * self._distance() if self.rates.l2_sp else loss
 
     def _distance(self) -> Tensor:
-        """The squared distance of what is trained from where it was when training began."""
-        return torch.stack([(p - start.to(p)).float().square().sum() for p, start in self.starts]).sum()
+        """The squared distance of what is trained, LoRA's products added to their weights, from where training began."""
+        moved = [(p - start.to(p)).float() for p, start in self.starts]
+        moved += [layer.get_delta_weight(name).float() for layer in self.factors for name in layer.active_adapters]
+        return torch.stack([part.square().sum() for part in moved]).sum()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the start: a resumed run is held to the same."""

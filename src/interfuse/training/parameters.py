@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from interfuse.checkpoints.layers import find_layers
@@ -39,14 +40,17 @@ def trained(
     chosen = _chosen(model, inputs, train_only, before)
     layers = [] if lora is None else _layers(model, inputs, chosen)
     config = None if lora is None else _config(lora, layers)
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
         if config is not None:
+            torch.backends.mha.set_fastpath_enabled(False)  # torch's transformer layers would read weights round the factors
             _add_factors(model, config, layers, heads(model, inputs), chosen)
         yield
     finally:
         if config is not None:
+            torch.backends.mha.set_fastpath_enabled(fast)
             _fold(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before[name])
@@ -86,10 +90,12 @@ def _layers(model: nn.Module, inputs: Any, chosen: set[str]) -> list[str]:
     """The paths of the layers that LoRA adds factors to: linear and convolutional ones that would be trained, without heads."""
     last = heads(model, inputs)
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_of_transformers())
+    unread = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}  # only its weight is, by torch
     found = [
         path
         for path, module in model.named_modules()
         if isinstance(module, kinds) and f"{path}.weight" in chosen and getattr(module, "groups", 1) == 1
+        and id(module) not in unread
         and not any(path == head or path.startswith(f"{head}.") for head in last)
     ]  # fmt: skip
     if not found:
@@ -109,16 +115,27 @@ def _config(lora: int | Mapping[str, Any], layers: Sequence[str]) -> Any:
     peft = require("peft")
     options: dict[str, Any] = {"r": lora, "lora_alpha": 2 * lora} if isinstance(lora, int) else dict(lora)
     options.setdefault("target_modules", list(layers))
+    also = [name for name in ("modules_to_save", "bias") if options.get(name) not in (None, "none")]
+    if also:
+        allowed = "leave it out: beside the factors the head alone is trained"
+        raise OptionError(*(Problem(f"lora.{name}", f"got {options[name]!r}", allowed) for name in also))
     try:
         return peft.LoraConfig(**options)
     except (TypeError, ValueError) as error:
-        raise OptionError(Problem("lora", str(error), "a rank from 1 up, or options of peft's LoraConfig")) from error
+        raise _of_peft(error) from error
+
+
+def _of_peft(error: Exception) -> OptionError:
+    return OptionError(Problem("lora", str(error), "a rank from 1 up, or options of peft's LoraConfig"))
 
 
 def _add_factors(model: nn.Module, config: Any, layers: Sequence[str], last: Sequence[str], chosen: set[str]) -> None:
     """Put factors beside the layers; of what was there only the heads are trained on."""
     peft = require("peft")
-    peft.inject_adapter_in_model(config, model)
+    try:
+        peft.inject_adapter_in_model(config, model)
+    except (TypeError, ValueError) as error:
+        raise _of_peft(error) from error
     for name, parameter in model.named_parameters():
         head = name in chosen and any(name.startswith(f"{path}.") for path in last)
         parameter.requires_grad_(head or ".lora_" in name)

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from interfuse.engine.merge import MERGED
-from interfuse.errors import ModelError, Problem
+from interfuse.errors import DataError, ModelError, Problem
 from interfuse.inference.batches import batches, length
+from interfuse.modules.inputs import batch_size as size_of
 from interfuse.modules.inputs import call, move, split_batch
 from interfuse.modules.taps import quiet
 from interfuse.progress import track
@@ -55,8 +56,22 @@ def _estimate(model: nn.Module, layers: list[_Norm], data: Iterable[Any], progre
             layer.momentum = None  # the plain mean over all batches
             layer.training = True
         try:
+            several = False
             for batch in track(data, "estimating statistics", length(data), shown=progress):
-                call(model, move(split_batch(batch)[0], place))
+                inputs = split_batch(batch)[0]
+                if size_of(inputs) > 1 or not several:  # the last batch may be one example, which has no variance
+                    call(model, move(inputs, place))
+                several = several or size_of(inputs) > 1
+        except ValueError as error:
+            raise of_one_example(error) from None
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
+
+
+def of_one_example(error: ValueError) -> ValueError:
+    """A `DataError` in place of torch's for BatchNorm on a batch of one; any other error itself."""
+    if "more than 1 value per channel" not in str(error):
+        return error
+    wrong = "a batch has one example, and BatchNorm has no statistics of one"
+    return DataError(Problem("train", wrong, "another batch_size, or a DataLoader with drop_last=True"))
