@@ -36,6 +36,16 @@ def test_tensors_and_data_sets_are_read_in_their_order() -> None:
         assert length(read) == 3
 
 
+def test_inputs_of_several_tensors_by_name() -> None:
+    inputs = {"ids": torch.arange(10).reshape(5, 2), "mask": torch.ones(5, 2)}
+    (first, labels), *others = batches((inputs, torch.arange(5)), 3)
+    assert first["ids"].tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert labels.tolist() == [0, 1, 2]
+    assert len(others) == 1
+    with pytest.raises(DataError, match=r"data: tensors of different lengths \[5, 5, 4\]"):
+        batches((inputs, torch.arange(4)))
+
+
 @pytest.mark.parametrize("kind", ["tensors", "Data"])
 def test_shuffling_depends_on_the_seed_and_the_pass_alone(kind: str) -> None:
     def made(seed: int) -> Any:

@@ -107,7 +107,7 @@ def test_what_the_tasks_have_of_their_own_is_trained_alone_or_distilled() -> Non
     assert {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])} == {"experts"}
     assert record.best["validation_loss"] < record.history[0]["validation_loss"]
     assert all(p.requires_grad for p in shared.parameters())
-    with pytest.raises(itf.OptionError, match=r"'model.expert.\*' matches no parameter.*model.experts"):
+    with pytest.raises(itf.OptionError, match=r"'expert.\*' matches no parameter.*allowed: trunk"):
         fit_tasks(shared, soft, epochs=1, train_only=["expert.*"])
     with pytest.raises(itf.OptionError, match=r"metric: got 'accuracy'(.|\n)*layer_decay: got 0.5"):
         fit_tasks(shared, soft, epochs=1, metric="accuracy", layer_decay=0.5)
@@ -159,3 +159,25 @@ def test_what_does_not_fit_is_said_at_once() -> None:
         tie(pair(), "2", start="middle")  # type: ignore[arg-type]
     with pytest.raises(itf.OptionError, match=r"train: got \['a'\](.|\n)*weights\['d'\]: no such task"):
         fit_tasks(tie(pair(), LAYERS), {"a": data()["a"]}, weights={"d": 1.0})
+    with pytest.raises(itf.ModelError, match=r"layers\[0\]: got 3(.|\n)*layers\[1\](.|\n)* float16"):
+        tie({"a": nets["a"], "c": copy.deepcopy(nets["a"]).half()}, [3, "2"])  # type: ignore[list-item]
+
+
+def test_losses_weights_and_globs_that_do_not_fit_are_said_at_once_and_a_loss_by_its_task() -> None:
+    tied = tie(pair(), LAYERS)
+    expected = r"weights\['a'\]: got -1(.|\n)*loss: got 'mes'; did you mean 'mse'(.|\n)*train_only: 'network\.\*' matches no"
+    with pytest.raises(itf.OptionError, match=expected):
+        fit_tasks(tied, data(), loss="mes", weights={"a": -1}, train_only=["networks.0.*", "network.*"])
+    wrong = {"a": (data()["a"][0], data()["a"][1] + 3), "c": data()["c"]}
+    with pytest.raises(itf.ModelError, match=r"^a: head: 3 classes, but the targets go from 3"):
+        fit_tasks(tied, wrong, epochs=1, progress=False)
+
+
+def test_layers_that_are_tied_in_a_chain_begin_at_the_mean_of_all() -> None:
+    torch.manual_seed(0)
+    nets = {name: nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))) for name in "abc"}
+    tied = tie(nets, [{"b": "1", "c": "2"}, {"a": "0"} | {"b": "0"}, {"a": "0", "b": "1"}])
+    one = [tied.network(name).get_parameter(path) for name, path in (("a", "0.weight"), ("b", "0.weight"), ("c", "2.weight"))]
+    assert one[0] is one[1] is one[2]
+    before = [nets[name].get_parameter(path) for name, path in (("a", "0.weight"), ("b", "0.weight"), ("b", "1.weight"))]
+    assert torch.allclose(one[0], torch.stack([*before, nets["c"].get_parameter("2.weight")]).mean(0))

@@ -5,7 +5,7 @@ A batch is what `modules.inputs.split_batch` reads. Making data sets from files 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ def batches(data: Any, batch_size: int = 64, *, shuffle: bool = False, seed: int
     """`data` as an iterable of batches that can be gone through again and again.
 
     A `DataLoader` or a list of batches is taken as it is, with its own order and batch size. A data set, or a pair of
-    tensors (inputs, targets), is read in batches of `batch_size`, shuffled if asked. An iterator, which can be gone through
-    once only, is kept in memory. Raises `DataError` for anything else, or nothing at all, `OptionError` for a batch size.
+    tensors (inputs, targets), of which the inputs may be a mapping of tensors (a tokenizer's), is read in batches of
+    `batch_size`, shuffled if asked. An iterator, which can be gone through once only, is kept in memory. Raises `DataError`
+    for anything else, or nothing at all, `OptionError` for a batch size.
     """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise OptionError(Problem("batch_size", f"got {batch_size!r}", "a whole number from 1 up"))
@@ -35,6 +36,8 @@ def batches(data: Any, batch_size: int = 64, *, shuffle: bool = False, seed: int
         if len(set(lengths)) > 1:
             raise DataError(Problem(name, f"tensors of different lengths {lengths}", "one target an example"))
         data = TensorDataset(*data)
+    elif isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Mapping) and isinstance(data[1], Tensor):
+        data = _Rows(*data, name)
     if isinstance(data, Dataset):
         return _loader(data, batch_size, shuffle, seed)
     if not isinstance(data, Iterable) or isinstance(data, str | bytes | dict | Tensor):
@@ -44,6 +47,24 @@ def batches(data: Any, batch_size: int = 64, *, shuffle: bool = False, seed: int
     if isinstance(kept, Sequence) and not kept:
         raise DataError(Problem(name, "no batches", "an iterator that wasn't used up, or a list of batches"))
     return kept
+
+
+class _Rows(Dataset[Any]):
+    """Examples ({name: tensor}, target) of a mapping of tensors and as many targets."""
+
+    def __init__(self, inputs: Mapping[str, Tensor], targets: Tensor, name: str) -> None:
+        kinds = {key: type(value).__name__ for key, value in inputs.items() if not isinstance(value, Tensor)}
+        lengths = [len(part) for part in (*inputs.values(), targets) if isinstance(part, Tensor)]
+        if kinds or len(set(lengths)) > 1:
+            wrong = f"inputs that aren't tensors: {kinds}" if kinds else f"tensors of different lengths {lengths}"
+            raise DataError(Problem(name, wrong, "tensors, one target an example"))
+        self.inputs, self.targets = dict(inputs), targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, at: int) -> Any:
+        return {key: value[at] for key, value in self.inputs.items()}, self.targets[at]
 
 
 def _loader(data: Dataset[Any], batch_size: int, shuffle: bool, seed: int) -> DataLoader[Any]:

@@ -6,17 +6,19 @@ follow its own. The loop, its options and the choice of the best epoch are `fit`
 
 from __future__ import annotations
 
+import fnmatch
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from interfuse.errors import DataError, OptionError, Problem, nearest
+from interfuse.errors import DataError, OptionError, Problem, UserError, nearest
 from interfuse.inference.batches import batches, length
 from interfuse.modules.inputs import Composite, prediction, split_batch
 from interfuse.training.fit import FitRecord, fit
-from interfuse.training.losses import Loss, loss_for
+from interfuse.training.losses import LOSSES, Loss, loss_for
 from interfuse.transfer.sharing import SharedTrunk
 from interfuse.transfer.tying import Tied
 
@@ -45,7 +47,8 @@ def fit_tasks(
 
     Raises `OptionError` and what `fit` raises.
     """
-    _check(model, options, train=train, validation=validation, loss=loss, weights=weights)
+    globs = [train_only] if isinstance(train_only, str) else train_only
+    _check(model, options, train=train, validation=validation, loss=loss, weights=weights, train_only=globs or ())
     losses = dict(loss) if isinstance(loss, Mapping) else dict.fromkeys(model.names, loss)
     joint = _Joint(model, losses, dict.fromkeys(model.names, 1.0) | dict(weights or {}))
     data = _Joined(
@@ -54,7 +57,6 @@ def fit_tasks(
     held = None
     if validation is not None:
         held = _Joined({task: batches(source, batch_size, name=task) for task, source in validation.items()}, False)
-    globs = [train_only] if isinstance(train_only, str) else train_only
     chosen = None if globs is None else [f"model.{glob}" for glob in globs]
     return fit(joint, data, held, loss=_mean, train_only=chosen, seed=seed, **options)
 
@@ -79,7 +81,10 @@ class _Joint(Composite):
         inputs, targets = split_batch(batch)
         outputs = prediction(self.model(inputs, task), task)
         if task not in self.found:
-            self.found[task] = loss_for(self.losses[task], outputs, targets)
+            try:
+                self.found[task] = loss_for(self.losses[task], outputs, targets)
+            except UserError as error:
+                raise type(error)(*(p._replace(path=f"{task}: {p.path}") for p in error.problems)) from None
         return self.found[task](outputs, targets)
 
 
@@ -133,15 +138,36 @@ def _check(model: Any, options: Mapping[str, Any], **given: Any) -> None:
         if value is not None and (not isinstance(value, Mapping) or set(value) != set(model.names)):
             got = list(value) if isinstance(value, Mapping) else type(value).__name__
             problems.append(Problem(path, f"got {got}", f"task -> data, for {list(model.names)}"))
-    for path in ("loss", "weights"):
-        value = given[path]
-        if isinstance(value, Mapping):
-            problems += [
-                Problem(f"{path}[{task!r}]", "no such task", nearest(str(task), model.names))
-                for task in value
-                if task not in model.names
-            ]
-    if isinstance(given["loss"], Mapping):
-        problems += [Problem(f"loss[{t!r}]", "missing", "a loss a task") for t in model.names if t not in given["loss"]]
+    problems += _weighing(model, given["loss"], given["weights"])
+    parameters = [name for name, _ in model.named_parameters()]
+    problems += [
+        Problem("train_only", f"{glob!r} matches no parameter", nearest(glob, parameters))
+        for glob in given["train_only"]
+        if not fnmatch.filter(parameters, glob)
+    ]
     if problems:
         raise OptionError(*problems)
+
+
+def _weighing(model: SharedTrunk | Tied, loss: Any, weights: Any) -> list[Problem]:
+    """What is wrong with the losses, and with what they are multiplied by."""
+    problems = [
+        Problem(f"{path}[{task!r}]", "no such task", nearest(str(task), model.names))
+        for path, value in (("loss", loss), ("weights", weights))
+        for task in (value if isinstance(value, Mapping) else ())
+        if task not in model.names
+    ]
+    problems += [
+        Problem(f"weights[{task!r}]", f"got {weight!r}", "a number from 0 up")
+        for task, weight in (weights or {}).items()
+        if not (isinstance(weight, int | float) and 0 <= weight < math.inf)
+    ]
+    losses = {f"loss[{task!r}]": one for task, one in loss.items()} if isinstance(loss, Mapping) else {"loss": loss}
+    problems += [
+        Problem(path, f"got {one!r}", nearest(str(one), LOSSES))
+        for path, one in losses.items()
+        if not callable(one) and one not in LOSSES
+    ]
+    if isinstance(loss, Mapping):
+        problems += [Problem(f"loss[{task!r}]", "missing", "a loss a task") for task in model.names if task not in loss]
+    return problems

@@ -19,6 +19,8 @@ from interfuse.modules.inputs import Composite, call, inputs_by_model
 STARTS = ("mean", "first")
 #: One path for all networks, or each network's own.
 Layer = str | Mapping[str, str]
+#: Parameters that become one: (network's name, parameter's path).
+Group = list[tuple[str, str]]
 
 
 def tie(
@@ -28,7 +30,7 @@ def tie(
 
     models: name -> network, of any architectures; they are copied unless `copy=False`.
     layers: paths of modules; of networks that call an equal layer otherwise a mapping, name -> path. Those that a mapping
-        doesn't name have no part in it. Parameters of one name must have one shape.
+        doesn't name have no part in it. Parameters of one name must have one shape and type.
     start: where the tied parameters begin, at the "mean" of the networks' or the "first" one's.
 
     Raises `OptionError` and `ModelError` with everything that doesn't fit, before anything is tied.
@@ -86,28 +88,40 @@ class Tied(Composite):
         return self.networks[self.names.index(name)]
 
 
-def _groups(networks: Mapping[str, nn.Module], layers: Sequence[Layer]) -> list[dict[str, str]]:
-    """Parameters to be tied, name -> parameter's path, or everything that doesn't fit."""
-    groups: list[dict[str, str]] = []
+def _groups(networks: Mapping[str, nn.Module], layers: Sequence[Layer]) -> list[Group]:
+    """Parameters to be tied, or everything that doesn't fit."""
+    groups: list[Group] = []
     problems: list[Problem] = []
     for number, layer in enumerate(layers):
         paths = dict(layer) if isinstance(layer, Mapping) else dict.fromkeys(networks, layer)
-        wrong = _problems(networks, f"layers[{number}]", paths)
+        wrong = _problems(networks, f"layers[{number}]", layer, paths)
         problems += wrong
         if not wrong:
             first, path = next(iter(paths.items()))
             for name, _ in networks[first].get_submodule(path).named_parameters():
-                groups.append({network: f"{where}.{name}" for network, where in paths.items()})
+                groups.append([(network, f"{where}.{name}") for network, where in paths.items()])
     if problems:
         raise ModelError(*problems)
-    return groups
+    return _joined(networks, groups)
 
 
-def _problems(networks: Mapping[str, nn.Module], at: str, paths: Mapping[str, str]) -> list[Problem]:
-    if len(paths) < 2:
-        return [Problem(at, f"got {dict(paths)!r}", "a path, or name -> path for at least two networks")]
+def _joined(networks: Mapping[str, nn.Module], groups: Sequence[Group]) -> list[Group]:
+    """Groups that have a parameter in common are one, so that all of it begins at one mean."""
+    found: list[tuple[set[int], Group]] = []
+    for group in groups:
+        ids = {id(networks[name].get_parameter(path)) for name, path in group}
+        touched = [entry for entry in found if entry[0] & ids]
+        found = [entry for entry in found if not entry[0] & ids]
+        members = [member for _, others in touched for member in others]
+        found.append((ids.union(*(others for others, _ in touched)), list(dict.fromkeys([*members, *group]))))
+    return [group for _, group in found]
+
+
+def _problems(networks: Mapping[str, nn.Module], at: str, layer: Any, paths: Mapping[str, Any]) -> list[Problem]:
+    if len(paths) < 2 or not all(isinstance(path, str) for path in paths.values()):
+        return [Problem(at, f"got {layer!r}", "a path, or name -> path for at least two networks")]
     problems = []
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    shapes: dict[str, dict[str, str]] = {}
     for name, path in paths.items():
         known = dict(networks[name].named_modules()) if name in networks else {}
         if name not in networks:
@@ -115,27 +129,45 @@ def _problems(networks: Mapping[str, nn.Module], at: str, paths: Mapping[str, st
         elif not path or path not in known:
             problems.append(Problem(at, f"{name} has no module at {path!r}", nearest(path, [p for p in known if p])))
         else:
-            shapes[name] = {key: tuple(p.shape) for key, p in known[path].named_parameters()}
+            shapes[name] = {
+                key: f"{tuple(p.shape)} {str(p.dtype).removeprefix('torch.')}" for key, p in known[path].named_parameters()
+            }
     if problems:
         return problems
     (first, expected), *others = shapes.items()
     if not expected:
         return [Problem(at, f"{paths[first]!r} of {first} has no parameters", "a layer with some")]
+    apart = [(name, [key for key in {**expected, **found} if found.get(key) != expected.get(key)]) for name, found in others]
     return [
-        Problem(at, f"{paths[name]!r} of {name} has the parameters {found}", f"those of {first}: {expected}")
-        for name, found in others
-        if found != expected
+        Problem(
+            at,
+            f"{paths[name]!r} of {name} has the parameters {_some(shapes[name], keys)}",
+            f"those of {first}: {_some(expected, keys)}",
+        )
+        for name, keys in apart
+        if keys
     ]
 
 
-def _tie(networks: Mapping[str, nn.Module], group: Mapping[str, str], start: str) -> None:
+def _form(parameter: Tensor) -> str:
+    return f"{tuple(parameter.shape)} {str(parameter.dtype).removeprefix('torch.')}"
+
+
+def _some(shapes: Mapping[str, str], keys: Sequence[str], most: int = 3) -> str:
+    """The parameters of these names, as far as they are there, in short."""
+    shown = ", ".join(f"{key} {shapes[key]}" if key in shapes else f"no {key}" for key in keys[:most])
+    return shown + (", ..." if len(keys) > most else "")
+
+
+def _tie(networks: Mapping[str, nn.Module], group: Group, start: str) -> None:
     """Make these parameters the first one, wherever in their networks they stand."""
-    found = [networks[name].get_parameter(path) for name, path in group.items()]
+    parameters = [networks[name].get_parameter(path) for name, path in group]
+    found = list({id(parameter): parameter for parameter in parameters}.values())  # one network may have one of them twice
     kept = found[0]
     if start == "mean":
         with torch.no_grad():
             kept.copy_(torch.stack([p.to(kept.device, torch.float64) for p in found]).mean(0))
-    for name, parameter in zip(group, found, strict=True):
+    for (name, _), parameter in zip(group, parameters, strict=True):
         _replace(networks[name], parameter, kept)
 
 
