@@ -77,3 +77,22 @@ def test_a_transformers_model_is_made_from_its_config(tmp_path: Path) -> None:
         assert not torch.equal(fresh.state_dict()[name], source.state_dict()[name])
     with pytest.raises(ModelError, match=r"has no config.json"):
         itf.build(tmp_path / "none")
+
+
+def test_constants_are_the_source_s() -> None:
+    class Placed(nn.Module):
+        def __init__(self, kept: bool) -> None:
+            super().__init__()
+            self.register_buffer("index", torch.arange(5))
+            self.register_buffer("waves", torch.randn(5, 4), persistent=kept)
+            self.linear = nn.Linear(4, 4)
+
+    source = Placed(kept=False)
+    fresh = itf.build(source)
+    before, after = dict(source.named_buffers()), dict(fresh.named_buffers())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not torch.equal(fresh.state_dict()["linear.weight"], source.state_dict()["linear.weight"])
+    with pytest.raises(ModelError, match="Placed has values of its own"):
+        itf.build(Placed(kept=True))
+    with pytest.raises(ModelError, match="int"):
+        itf.build(3)  # type: ignore[arg-type]

@@ -282,3 +282,19 @@ def test_configs_of_images_have_the_new_numbers(kind: str, tmp_path: Any) -> Non
     other = torch.randn(2, 3, 32, 32).double()
     with torch.no_grad():
         assert torch.allclose(net(other).logits, reload(grown, tmp_path)(other).logits, atol=1e-10)
+
+
+def test_wrong_kinds_missing_modules_and_examples_are_told() -> None:
+    net, x = dense(), torch.randn(3, 5).double()
+    wrong: Any = {"wider": ["0"], "deeper": "1", "noise": "much"}
+    with pytest.raises(OptionError) as raised:
+        itf.grow(net, example=x, **wrong)
+    assert [problem.path for problem in raised.value.problems] == ["noise", "wider", "deeper"]
+    with pytest.raises(ModelError) as missing:
+        itf.grow(net, {"7": 9, "8": 9}, ["9"], example=x)
+    assert [problem.path for problem in missing.value.problems] == ["wider['7']", "wider['8']", "deeper['9']"]
+    with pytest.raises(OptionError, match="twice"):
+        itf.grow(net, deeper=["1", "1"], example=x)
+    for example in (None, torch.randn(3, 9).double()):
+        with pytest.raises(ModelError, match="doesn't take it"):
+            itf.grow(net, {"0": 9}, example=example)

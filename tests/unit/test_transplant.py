@@ -406,3 +406,49 @@ def test_rows_by_the_tokens_of_two_folders(tmp_path: Path) -> None:
     assert torch.equal(target.model.embed_tokens.weight, torch.stack([rows[1], rows[4], before[2], rows[0]]))
     with pytest.raises(OptionError, match="no tokenizer in"):
         put(source, target, vocabulary=(tmp_path, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "places"),
+    [
+        ({"rules": ["0.*"]}, ["rules"]),
+        ({"rules": {"0.*": 3, 1: "1.*"}, "depth": 3}, ["rules['0.*']", "rules[1]", "depth"]),
+        ({"depth": {"": 3, "layers": {0: "x"}}}, ["depth['']", "depth['layers']"]),
+        ({"adapt": 3}, ["adapt"]),
+        ({"adapt": {"0.*": 3, "4.*": "crp"}}, ["adapt['0.*']", "adapt['4.*']"]),
+        ({"vocabulary": (3, {"a": 0})}, ["vocabulary: source"]),
+        ({"vocabulary": ({"a": "x"}, {"a": 0})}, ["vocabulary: source"]),
+    ],
+)
+def test_options_of_another_kind_are_told(options: dict[str, Any], places: list[str]) -> None:
+    target = convolutions()
+    before = state_of(target)
+    with pytest.raises(OptionError) as raised:
+        itf.transplant(convolutions(), target, show=False, **options)
+    assert [problem.path for problem in raised.value.problems] == places
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+def test_what_cannot_be_written_to_is_told_before_anything_is() -> None:
+    source = {"a": torch.ones(3), "b": torch.ones(3), "c": torch.ones(3), "d": torch.ones(3)}
+    fixed = np.zeros(3, np.float32)
+    fixed.flags.writeable = False
+    with torch.inference_mode():
+        inside = torch.zeros(3)
+    free = torch.zeros(3)
+    target = {"a": free, "b": fixed, "c": torch.zeros(1).expand(3), "d": inside}
+    with pytest.raises(ModelError) as raised:
+        put(source, target)
+    assert len(raised.value.problems) == 3
+    assert not free.any()
+
+
+def test_whole_numbers_and_masks_of_another_shape_stay_the_target_s_unless_named() -> None:
+    source = {"index": torch.arange(4), "weight": torch.ones(4)}
+    target = {"index": torch.arange(6), "weight": torch.zeros(6)}
+    report = put(source, target, adapt="pad")
+    assert report.names("skipped") == ["index"]
+    assert target["index"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert target["weight"].tolist() == [1, 1, 1, 1, 0, 0]
+    assert put(source, target, adapt={"*": "pad"}).names("adapted") == ["index", "weight"]
+    assert target["index"].tolist() == [0, 1, 2, 3, 0, 0]

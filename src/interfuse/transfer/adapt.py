@@ -53,10 +53,13 @@ class Rows:
 
 def check_ways(adapt: Adapt | None, names: Sequence[str]) -> list[Problem]:
     """What is wrong with the option `adapt`: ways that there aren't, patterns that fit none of these names."""
-    given = adapt if isinstance(adapt, Mapping) else {"": adapt or ()}
+    given = adapt if isinstance(adapt, Mapping) else {"": () if adapt is None else adapt}
     problems = []
     for pattern, ways in given.items():
         path = f"adapt[{pattern!r}]" if pattern else "adapt"
+        if not isinstance(ways, str | list | tuple) or not isinstance(pattern, str):
+            problems.append(Problem(path, f"got {ways!r}", f"one or several of {', '.join(WAYS)}; or these by pattern"))
+            continue
         problems += [Problem(path, f"got {way!r}", nearest(str(way), WAYS)) for way in _tuple(ways) if way not in WAYS]
         if isinstance(adapt, Mapping) and not any(fnmatchcase(name, pattern) for name in names):
             problems.append(Problem(path, "fits no tensor of the target", nearest(pattern, names)))
@@ -78,6 +81,8 @@ def adapter(name: str, source: TensorSpec, target: TensorSpec, adapt: Adapt | No
     if len(source.shape) != len(target.shape):
         return shapes
     ways, named = _ways(adapt, name), isinstance(adapt, Mapping)
+    if not (named or target.dtype in STORED_FLOATS):
+        return f"{shapes}: whole numbers and masks belong to a shape (name it in adapt={{pattern: way}} if these don't)"
     reason = ""
     if "positions" in ways and (named or "pos" in name.lower()):
         found = _positions(source.shape, target.shape)

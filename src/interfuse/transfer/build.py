@@ -21,9 +21,12 @@ def build(source: nn.Module | str | Path, *, seed: int = 0) -> nn.Module:
 
     source: a module, or a folder with a Transformers `config.json`, of which no weights are read. A Transformers model is
     made from its config; any other is copied, and each part's `reset_parameters` called, so that what is tied stays tied.
-    The seed is that of all values; torch's own random state is left alone. Raises `ModelError` with every part that has
-    parameters of its own and no way to reset them.
+    Constants (buffers of whole numbers, and those that a state dict leaves out) are the source's. The seed is that of all
+    values; torch's own random state is left alone. Raises `ModelError` with every part that has other values of its own and
+    no way to reset them.
     """
+    if not isinstance(source, nn.Module | str | Path):
+        raise ModelError(Problem("source", f"got a {type(source).__name__}", "a module, or a folder of Transformers"))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if isinstance(source, (str, Path)):
@@ -59,7 +62,7 @@ def _reset(source: nn.Module) -> nn.Module:
             "give it one, or build the network by its own code",
         )
         for path, module in fresh.named_modules()
-        if any(id(tensor) not in covered for tensor in _values(module, False))
+        if any(id(tensor) not in covered for tensor in _learned(module))
     ]
     if problems:
         raise ModelError(*problems)
@@ -76,3 +79,9 @@ def _way(module: nn.Module) -> Callable[[], None] | None:
 
 def _values(module: nn.Module, recurse: bool) -> list[Tensor]:
     return [*module.parameters(recurse), *module.buffers(recurse)]
+
+
+def _learned(module: nn.Module) -> list[Tensor]:
+    """A module's own values that aren't constants: a buffer of whole numbers, or one that is no part of its state, is one."""
+    kept = [b for key, b in module._buffers.items() if b is not None and key not in module._non_persistent_buffers_set]
+    return [*module.parameters(False), *(buffer for buffer in kept if buffer.is_floating_point() or buffer.is_complex())]

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from interfuse.errors import ModelError, OptionError, Problem
-from interfuse.modules.taps import module_at, quiet
+from interfuse.errors import ModelError, OptionError, Problem, nearest
+from interfuse.modules.taps import quiet
 from interfuse.transfer.deeper import deepen
 from interfuse.transfer.probe import TOLERANCE, change, outputs
 from interfuse.transfer.wider import Width, widen
@@ -51,7 +51,7 @@ def grow(
     grown = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with quiet(model), quiet(grown):
-        before, there = outputs(model, example), set(grown.modules())
+        before, there = _outputs(model, example), set(grown.modules())
         problems = widen(grown, wider or {}, example, before, noise, generator)
         problems += deepen(grown, list(deeper or ()), example, before)
         changed = change(grown, example, before)
@@ -66,15 +66,38 @@ def grow(
     return grown
 
 
+def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    try:
+        found = outputs(model, example)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # whatever its code raises
+        wrong = f"the network doesn't take it: {type(error).__name__}: {error}"
+        raise ModelError(Problem("example", wrong, "a batch of inputs, as the network takes them")) from error
+    if not found:
+        raise ModelError(Problem("example", "the network gives no numbers for it", "a network that gives tensors of floats"))
+    return found
+
+
 def _check(model: nn.Module, wider: Mapping[str, Width] | None, deeper: Sequence[str] | None, noise: float) -> None:
-    problems = []
-    if not 0 <= noise < 1:
+    problems = [] if isinstance(model, nn.Module) else [Problem("model", f"got {model!r}", "a torch.nn.Module")]
+    if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < 1:
         problems.append(Problem("noise", f"got {noise!r}", "at least 0 and below 1"))
+    if not isinstance(wider, Mapping | None):
+        problems.append(Problem("wider", f"got {wider!r}", "paths with their new widths, {path: width}"))
+    if not isinstance(deeper, list | tuple | None):
+        problems.append(Problem("deeper", f"got {deeper!r}", "a list of paths"))
     if not wider and not deeper:
         problems.append(Problem("grow", "nothing is named", "give wider={path: width} or deeper=[path]"))
-    if isinstance(deeper, str):
-        problems.append(Problem("deeper", f"got {deeper!r}", "a list of paths"))
     if problems:
         raise OptionError(*problems)
-    for path in [*(wider or {}), *(deeper or ())]:
-        module_at(model, path)
+    known = list(dict(model.named_modules(remove_duplicate=False)))
+    asked = [*(("wider", path) for path in wider or ()), *(("deeper", path) for path in dict.fromkeys(deeper or ()))]
+    missing = [
+        Problem(f"{key}[{path!r}]", "no such module", nearest(str(path), filter(None, known)))
+        for key, path in asked
+        if not path or path not in known
+    ]
+    if missing:
+        raise ModelError(*missing)
+    again = [path for path in dict.fromkeys(deeper or ()) if list(deeper or ()).count(path) > 1]
+    if again:
+        raise OptionError(*(Problem(f"deeper[{path!r}]", "stands twice", "grow again for another block") for path in again))

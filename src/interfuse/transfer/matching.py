@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from interfuse.checkpoints.layers import find_layers
 from interfuse.checkpoints.names import match_names
@@ -44,7 +45,9 @@ def match(source: Iterable[str], target: Iterable[str], rules: Rules | None, dep
     """
     source, target = list(source), list(target)
     found = Matches()
-    problems: list[Problem] = []
+    problems = [*_misshapen_rules(rules), *_misshapen_depth(depth)]
+    if problems:
+        raise OptionError(*problems)
     renamed = _renamed(source, target, rules, found, problems)
     maps = _maps(depth, renamed, target, problems)
     known = dict.fromkeys(target)
@@ -58,6 +61,39 @@ def match(source: Iterable[str], target: Iterable[str], rules: Rules | None, dep
     if problems:
         raise OptionError(*problems)
     return found
+
+
+def _misshapen_rules(rules: Any) -> list[Problem]:
+    """What isn't patterns and patterns or None."""
+    allowed = "{'source.pattern.*': 'target.pattern.*'}, or None in place of the second"
+    if not isinstance(rules, Mapping | None):
+        return [Problem("rules", f"got a {type(rules).__name__}", allowed)]
+    return [
+        Problem(f"rules[{pattern!r}]", f"got {to!r}", allowed)
+        for pattern, to in (rules or {}).items()
+        if not isinstance(pattern, str) or not isinstance(to, str | None)
+    ]
+
+
+def _misshapen_depth(depth: Any) -> list[Problem]:
+    """What isn't a word, or words and numbers of layers by stack."""
+    allowed = "'spread', 'repeat', or {stack: {source layer: target's layer or layers}}"
+    if isinstance(depth, str | None):
+        return []
+    if not isinstance(depth, Mapping):
+        return [Problem("depth", f"got {depth!r}", allowed)]
+    return [
+        Problem(f"depth[{stack!r}]", f"got {layers!r}", allowed)
+        for stack, layers in depth.items()
+        if not isinstance(stack, str) or not (isinstance(layers, str) or _is_map(layers))
+    ]
+
+
+def _is_map(layers: Any) -> bool:
+    places = [[to] if isinstance(to, int) else to for to in layers.values()] if isinstance(layers, Mapping) else [None]
+    return all(isinstance(to, Sequence) and all(isinstance(n, int) for n in to) for to in places) and all(
+        isinstance(n, int) for n in layers
+    )
 
 
 def _renamed(

@@ -160,6 +160,10 @@ def _rows(vocabulary: tuple[Tokens, Tokens], origin: Checkpoint, goal: Checkpoin
     tokens, named, problems = [], [], []
     for side, given, checkpoint in zip(("source", "target"), vocabulary, (origin, goal), strict=True):
         own = _tokens(given, side)
+        odd = [token for token, row in own.items() if isinstance(row, bool) or not isinstance(row, int)]
+        if odd:
+            found = f"{odd[0]!r} has row {own[odd[0]]!r}"
+            raise OptionError(Problem(f"vocabulary: {side}", found, "a whole number for each token"))
         rows = embedding_rows(checkpoint.specs) or max(own.values(), default=-1) + 1
         wrong = [token for token, row in own.items() if not 0 <= row < rows]
         problems += [Problem(f"vocabulary: {side}", f"{t!r} has row {own[t]} of {rows}", "give its own") for t in wrong[:5]]
@@ -176,6 +180,9 @@ def _rows(vocabulary: tuple[Tokens, Tokens], origin: Checkpoint, goal: Checkpoin
 def _tokens(given: Tokens, side: str) -> Mapping[str, int]:
     if isinstance(given, Mapping):
         return given
+    if not isinstance(given, str | Path):
+        wrong = f"got a {type(given).__name__}"
+        raise OptionError(Problem(f"vocabulary: {side}", wrong, "token -> row, or a folder with a tokenizer"))
     found = read_tokenizer(Path(given)) if Path(given).is_dir() else None
     if found is None:
         raise OptionError(Problem(f"vocabulary: {side}", f"no tokenizer in {str(given)!r}", "give a folder, or token -> row"))
@@ -258,7 +265,9 @@ def _values(plan: _Plan, origin: Checkpoint, goal: Checkpoint, state: Mapping[st
     """Every new value, in the target's type; names that are tied must be given the same."""
     starts = {tensor.data_ptr() for tensor in state.values() if isinstance(tensor, Tensor)}
     values: dict[str, Tensor] = {}
-    problems = []
+    problems = [Problem(f"tensor {name!r} of the target", wrong, _OWN) for name in plan.given if (wrong := _fixed(state[name]))]
+    if problems:
+        raise ModelError(*problems)
     for name in plan.given:
         value = _value(plan, name, origin, goal)
         values[name] = value.clone() if value.data_ptr() in starts else value
@@ -269,6 +278,19 @@ def _values(plan: _Plan, origin: Checkpoint, goal: Checkpoint, state: Mapping[st
     if problems:
         raise ModelError(*problems)
     return values
+
+
+_OWN = "a copy of it, which has a memory of its own"
+
+
+def _fixed(tensor: Any) -> str:
+    """Why nothing can be written into a tensor or array, if so."""
+    if isinstance(tensor, Tensor):
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            return "was made in inference mode, and can't be changed outside"
+        shared = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+        return "has one number in several places (it is expanded)" if shared else ""
+    return "" if tensor.flags.writeable else "is read-only"
 
 
 def _value(plan: _Plan, name: str, origin: Checkpoint, goal: Checkpoint) -> Tensor:
