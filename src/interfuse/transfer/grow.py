@@ -92,7 +92,7 @@ def _check(model: nn.Module, wider: Mapping[str, Width] | None, deeper: Sequence
     known = list(dict(model.named_modules(remove_duplicate=False)))
     asked = [*(("wider", path) for path in wider or ()), *(("deeper", path) for path in dict.fromkeys(deeper or ()))]
     missing = [
-        Problem(f"{key}[{path!r}]", "no such module", nearest(str(path), filter(None, known)))
+        Problem(f"{key}[{path!r}]", f"no module at {path!r}", nearest(str(path), filter(None, known)))
         for key, path in asked
         if not path or path not in known
     ]
