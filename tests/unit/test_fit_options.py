@@ -338,3 +338,16 @@ def test_lightnings_own_options_are_looked_at_with_the_others() -> None:
     paths = [p.path for p in raised.value.problems]
     assert paths[:3] == ["epochs", "train_only", "metric"]
     assert "precision" in paths[3]
+
+
+def test_the_heads_of_networks_made_of_networks() -> None:
+    a, b = Deep(1), Deep(2)
+    own = ["backbones.0.classifier", "backbones.1.classifier"]
+    assert heads(itf.Ensemble([a, b]), data()[0]) == own
+    assert heads(itf.CrossStitch({"a": a, "b": b}, ["layers.1"], data()[0]), data()[0]) == own
+    stitched = itf.stitch(a, b, at=("layers.1", "layers.1"), data=data()[0])
+    assert heads(stitched, data()[0]) == ["backbones.1.classifier"]
+    ensemble = itf.Ensemble([a, b])
+    before = copy.deepcopy(ensemble.state_dict())
+    fit(ensemble, data(), train_only="head", **QUICK)
+    assert changed(before, ensemble) == {f"{path}.{key}" for path in own for key in ("weight", "bias")}

@@ -8,7 +8,7 @@ hooks that are gone after the call; the network isn't changed. Taps don't know o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -93,7 +93,7 @@ def find_tap(model: nn.Module, inputs: Any, path: str | None = None, name: str =
         if not calls:
             raise ModelError(Problem(f"taps[{name!r}]", f"the module {path!r} doesn't run in forward", "name one that does"))
         return Tap(path, "output", len(calls))
-    if not calls or _gives_hidden_states(output) or not _is_head(model, calls[-1], inputs, name):
+    if not calls or _gives_hidden_states(output) or not are_heads(model, calls[-1:], inputs, name):
         return Tap("")
     return Tap(calls[-1], "input", calls.count(calls[-1]))
 
@@ -103,13 +103,14 @@ def _gives_hidden_states(output: Any) -> bool:
 
 
 @torch.inference_mode(False)
-def _is_head(model: nn.Module, path: str, inputs: Any, name: str) -> bool:
-    """Whether the prediction depends on the network's parameters through that layer's output alone: with the output cut
-    off, would anything be left to train?"""
+def are_heads(model: nn.Module, paths: Sequence[str], inputs: Any, name: str = "model") -> bool:
+    """Whether the prediction depends on the network's parameters through those layers' outputs alone: with these cut off,
+    would anything be left to train?"""
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         model = copy.deepcopy(model)  # made in inference mode, it can't be asked itself
     trained = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
-    handle = model.get_submodule(path).register_forward_hook(lambda _module, _args, result: result.detach())
+    cut = lambda _module, _args, result: result.detach()
+    handles = [model.get_submodule(path).register_forward_hook(cut) for path in paths]
     try:
         for parameter, _ in trained:
             parameter.requires_grad_(True)
@@ -120,7 +121,8 @@ def _is_head(model: nn.Module, path: str, inputs: Any, name: str) -> bool:
     except ModelError:
         return False  # several outputs, of which none is the prediction
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         for parameter, wanted in trained:
             parameter.requires_grad_(wanted)
 

@@ -19,8 +19,8 @@ from interfuse.checkpoints.layers import find_layers
 from interfuse.errors import ModelError, OptionError, Problem, nearest
 from interfuse.extras import require
 from interfuse.modules.fused import ModelFusion
-from interfuse.modules.inputs import Composite
-from interfuse.modules.taps import find_tap
+from interfuse.modules.inputs import Composite, call
+from interfuse.modules.taps import are_heads, find_tap, quiet
 
 #: In place of globs: what turns features into predictions, alone.
 HEAD = "head"
@@ -77,13 +77,30 @@ def _chosen(model: nn.Module, inputs: Any, train_only: str | Sequence[str] | Non
 
 
 def heads(model: nn.Module, inputs: Any) -> list[str]:
-    """The paths of the modules that give the predictions: a fusion's head, else the linear layer that a network ends in."""
+    """The paths of the modules that give the predictions: a fusion's head, the linear layer that a network ends in, or those
+    that the members of an ensemble end in."""
     if isinstance(model, ModelFusion):
         return ["head"] if model.head is not None and any(True for _ in model.head.parameters()) else []
-    if isinstance(model, Composite):
-        return []
     tap = find_tap(model, inputs)
-    return [tap.path] if tap.side == "input" else []
+    if tap.side == "input":
+        return [tap.path]
+    return _of_members(model, inputs) if isinstance(model, Composite) else []
+
+
+def _of_members(model: Composite, inputs: Any) -> list[str]:
+    """The linear layer that each member ends in, where the prediction is made of these alone."""
+    last: dict[str, str] = {}
+    note = lambda path: lambda *_: last.update({".".join(path.split(".")[:2]): path})
+    linear = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_hook(note(path)) for path, module in linear if path.startswith("backbones.")]
+    try:
+        with quiet(model):
+            call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    paths = list(last.values())
+    return paths if paths and are_heads(model, paths, inputs) else []
 
 
 def _layers(model: nn.Module, inputs: Any, chosen: set[str]) -> list[str]:
