@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interfuse.checkpoints.merged import MERGED, is_merge
 from interfuse.checkpoints.source import open_checkpoint
 from interfuse.checkpoints.tasks import config_folder, open_task, split_task
 from interfuse.checkpoints.tensors import to_tensor
@@ -52,6 +53,8 @@ def load_model(ref: str, *, weights: str | Path | None = None, trust_code: bool 
         network = _from_transformers(ref, exactly)
     if weights is not None:
         fill(network, weights, exactly=exactly)
+    if is_merge(ref if weights is None else weights):
+        network.__dict__[MERGED] = True
     return network.eval()
 
 

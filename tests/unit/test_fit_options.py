@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as lightning
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import interfuse as itf
@@ -351,3 +352,19 @@ def test_the_heads_of_networks_made_of_networks() -> None:
     before = copy.deepcopy(ensemble.state_dict())
     fit(ensemble, data(), train_only="head", **QUICK)
     assert changed(before, ensemble) == {f"{path}.{key}" for path in own for key in ("weight", "bias")}
+
+
+def test_a_merge_that_is_loaded_from_its_folder_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in (1, 2):
+        (tmp_path / f"m{i}").mkdir()
+        save_file(normed(i).state_dict(), tmp_path / f"m{i}" / "model.safetensors")
+    (tmp_path / "own_net.py").write_text(
+        "from torch import nn\n\n\ndef build():\n"
+        "    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    itf.merge("linear", [tmp_path / "m1", tmp_path / "m2"], out=tmp_path / "out")
+    for weights, layers in ((tmp_path / "out", 1), (tmp_path / "out" / "model.safetensors", 1), (tmp_path / "m1", 0)):
+        model = itf.load_model("python:own_net:build", weights=weights, trust_code=True)
+        assert fit(model, data(), **QUICK).statistics == layers
+        assert fit(model, data(), **QUICK).statistics == 0

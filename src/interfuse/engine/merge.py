@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import ValidationError
 
+from interfuse.checkpoints.merged import MERGED
 from interfuse.checkpoints.source import Checkpoint, open_checkpoint
 from interfuse.checkpoints.tasks import on_disk
 from interfuse.checkpoints.writer import MemoryWriter, settle, whole_folder
@@ -37,9 +38,6 @@ from interfuse.registry import problems_of
 
 if TYPE_CHECKING:
     import torch
-
-#: An attribute of a module that came out of a merge: what was measured of its parents (BatchNorm) isn't true of it.
-MERGED = "_merged_by_interfuse"
 
 
 def merge(
@@ -87,8 +85,7 @@ def merge(
     `OptionError`, `CheckpointError`, `RecipeError` for the tokenizer or, for modules, `ModelError`, with every mismatch, and
     then nothing is written.
     """
-    if isinstance(models, (str, Path)):
-        raise OptionError(Problem("models", f"got {str(models)!r}", "give a list of models"))
+    models = listed(models)
     names = list(models) if isinstance(models, Mapping) else None
     refs = list(models.values()) if isinstance(models, Mapping) else list(models)
     kind = _kind(refs, base)
@@ -132,6 +129,18 @@ def merge(
             raise ModelError(*error.problems) from None
         raise
     return (_as_module if kind == "module" else _as_mapping)(reference, writer.tensors, plan)
+
+
+def listed(models: Any) -> list[Any] | Mapping[str, Any]:
+    """The models as a list, or as the mapping by name that they are; one alone, of any form, is an `OptionError`."""
+    if isinstance(models, Mapping):
+        return models
+    torch = sys.modules.get("torch")
+    module = torch and isinstance(models, torch.nn.Module) and not isinstance(models, torch.nn.ModuleList)
+    if module or not isinstance(models, Iterable) or isinstance(models, (str, Path)):
+        got = repr(str(models)) if isinstance(models, (str, Path)) else f"a {type(models).__name__}"
+        raise OptionError(Problem("models", f"got {got}", "give a list of models"))
+    return list(models)
 
 
 def _form_problems(

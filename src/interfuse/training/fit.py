@@ -298,7 +298,7 @@ def _run(
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import Checkpoint
 
-    from interfuse.training.loop import KeepBest, interruptible
+    from interfuse.training.loop import KeepBest, interruptible, types_kept
 
     with tempfile.TemporaryDirectory() as folder, _without_advice():
         keeper = KeepBest(loop.model, loop.metric, start, patience, Path(folder) / "handover.pt")
@@ -316,7 +316,7 @@ def _run(
         _prepare(loop.model)
         train, validation = _turns(loop, loaders, seed, several=runner.world_size > 1)
         try:
-            with interruptible(), _types_kept(loop.model):
+            with interruptible(), types_kept(loop.model):
                 runner.fit(loop, train, validation, ckpt_path=None if resume is None else str(resume))
         except BaseException:
             keeper.put_back()
@@ -344,25 +344,6 @@ def _leave_out_a_single_one(model: nn.Module, loader: Any) -> None:
         left = len(loader.sampler) % loader.batch_size if loader.batch_size else 0
         if left == 1 < len(loader.sampler) and any(isinstance(m, _Norm) and m.training for m in model.modules()):
             loader.batch_sampler.drop_last = True  # type: ignore[union-attr]
-
-
-@contextmanager
-def _types_kept(model: nn.Module) -> Iterator[None]:
-    """Ends with the types of before: Lightning's precision "bf16-true" makes all of a model bf16. What wasn't trained has its
-    own values again, none rounded."""
-    parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
-    buffers = [(m, key, b) for m in model.modules() for key, b in m._buffers.items() if b is not None]
-    try:
-        yield
-    finally:
-        for parameter, before, learned in parameters:
-            if parameter.dtype != before.dtype:
-                parameter.data = parameter.data.to(before.dtype) if learned else before.to(parameter.device)
-                parameter.grad = None
-        for module, key, old in buffers:
-            now = module._buffers[key]
-            if now is not None and now.dtype != old.dtype:
-                module._buffers[key] = now.to(old.dtype)
 
 
 def _prepare(model: nn.Module) -> None:

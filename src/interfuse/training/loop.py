@@ -302,3 +302,22 @@ def interruptible() -> Iterator[None]:
     finally:
         if here and handler is not None:
             signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def types_kept(model: nn.Module) -> Iterator[None]:
+    """Ends with the types of before: Lightning's precision "bf16-true" makes all of a model bf16. What wasn't trained has its
+    own values again, none rounded."""
+    parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
+    buffers = [(m, key, b) for m in model.modules() for key, b in m._buffers.items() if b is not None]
+    try:
+        yield
+    finally:
+        for parameter, before, learned in parameters:
+            if parameter.dtype != before.dtype:
+                parameter.data = parameter.data.to(before.dtype) if learned else before.to(parameter.device)
+                parameter.grad = None
+        for module, key, old in buffers:
+            now = module._buffers[key]
+            if now is not None and now.dtype != old.dtype:
+                module._buffers[key] = now.to(old.dtype)

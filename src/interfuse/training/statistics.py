@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from interfuse.engine.merge import MERGED
+from interfuse.checkpoints.merged import MERGED
 from interfuse.errors import DataError, ModelError, Problem
 from interfuse.inference.batches import batches, length
 from interfuse.modules.inputs import batch_size as size_of

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from interfuse.engine.merge import MERGED, merge
+from interfuse.checkpoints.merged import MERGED
+from interfuse.engine.merge import merge
 from interfuse.errors import CheckpointError, ModelError, OptionError, Problem, nearest
 from interfuse.modules.inputs import Composite, call, inputs_by_model
 from interfuse.transfer.trunk import Blocks, Trunk, find_blocks, trunk_of

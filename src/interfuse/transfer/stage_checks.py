@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,10 +17,8 @@ from interfuse.engine.wording import together
 from interfuse.errors import ModelError, OptionError, Problem, UserError, nearest
 from interfuse.training.fit import wrong_options
 from interfuse.training.parameters import HEAD
+from interfuse.transfer.stage import Stage
 from interfuse.transfer.transplant import prepare, transplant
-
-if TYPE_CHECKING:
-    from interfuse.transfer.stages import Stage
 
 #: What `Stages.run` itself gives to `fit`, and to `transplant`.
 _FIXED = ("train_only", "checkpoints", "resume")
@@ -29,8 +27,6 @@ _ENDS = ("source", "target", "out", "overwrite")
 
 def stage_problems(stages: Sequence[Any]) -> list[Problem]:
     """What is wrong with a list of stages, before there is a network."""
-    from interfuse.transfer.stages import Stage
-
     problems = [] if stages else [Problem("stages", "none are given", "one or more")]
     wrong = [i for i, stage in enumerate(stages) if not isinstance(stage, Stage)]
     problems += [Problem(f"stages[{i}]", f"is a {type(stages[i]).__name__}", "a Stage") for i in wrong]

@@ -12,11 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,45 +26,9 @@ from interfuse.checkpoints.layers import find_layers
 from interfuse.errors import ModelError, OptionError, Problem
 from interfuse.training.fit import FitRecord, fit
 from interfuse.transfer.report import Report
+from interfuse.transfer.stage import Stage as Stage
 from interfuse.transfer.stage_checks import check_run, stage_problems
 from interfuse.transfer.transplant import transplant
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of `Stages`.
-
-    name: for the record; left out, "stage 1", "stage 2", ...
-    copied: what is copied first, by the name of the model that it comes from: globs of tensors, or options of
-        `transplant` (rules, depth, adapt, ...; {} is all that fits by name).
-    grow: a function from the network to a larger one, such as `lambda net: itf.grow(net, deeper=["blocks.3"], example=x)`.
-    train: globs of the parameters that are trained, or "head"; None is all of them, an empty list trains nothing.
-    data: (train, validation) in place of the data of all stages.
-    options: of `fit`: epochs, learning_rate, layer_decay, patience, lora, precision, ...
-    """
-
-    name: str = ""
-    copied: Mapping[str, str | Sequence[str] | Mapping[str, Any]] = field(default_factory=dict)
-    grow: Callable[[nn.Module], nn.Module] | None = None
-    train: Sequence[str] | str | None = None
-    data: tuple[Any, Any] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def copies(self) -> dict[str, dict[str, Any]]:
-        """`copied` as options of `transplant`."""
-        alone = lambda globs: {"rules": {**{g: g for g in ([globs] if isinstance(globs, str) else globs)}, "*": None}}
-        return {name: dict(how) if isinstance(how, Mapping) else alone(how) for name, how in self.copied.items()}
-
-    def written(self) -> dict[str, Any]:
-        """What of a stage can be written down, to know it again."""
-        options = {name: _said(value) for name, value in self.options.items()}
-        return {
-            "name": self.name,
-            "copied": _said(dict(self.copied)),
-            "train": self.train,
-            "grows": self.grow is not None,
-            **options,
-        }
 
 
 @dataclass(frozen=True)
@@ -177,18 +140,13 @@ class Stages:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _said(value: Any) -> str:
-    """A value in words that are the same in another process: a function or object without its address."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-
-
 def _grown(stage: Stage, target: nn.Module) -> nn.Module:
     if stage.grow is None:
         return target
     grown = stage.grow(target)
     if not isinstance(grown, nn.Module):
         raise ModelError(
-            Problem(f"{stage.name}: grow", f"gave a {type(grown).__name__}", "a function that returns the network")
+            Problem(f"{stage.name}: grow", f"gave a {type(grown).__name__}", "a function that returns a network")
         )
     return grown
 
