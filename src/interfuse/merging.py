@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from interfuse.engine import merge as engine
@@ -21,7 +20,8 @@ def merge(
     method: str, models: Sequence[Any] | Mapping[str, Any], *, heads: str | Sequence[str] | None = None, **given: Any
 ) -> Any:
     """Merge models of one architecture by a weight method (`interfuse methods` lists them)."""
-    entries = _entries(models)
+    models = engine.listed(models)
+    entries = list(models.values()) if isinstance(models, Mapping) else models
     kind = _kind(entries) if heads is not None else ""
     if heads is None or not kind:
         return engine.merge(method, models, heads=heads, **given)
@@ -37,10 +37,6 @@ def merge(
 
 merge.__doc__ = engine.merge.__doc__
 merge.__signature__ = inspect.signature(engine.merge)  # type: ignore[attr-defined]
-
-
-def _entries(models: Any) -> list[Any]:
-    return [] if isinstance(models, str | Path) else list(models.values() if isinstance(models, Mapping) else models)
 
 
 def _kind(entries: Sequence[Any]) -> str:

@@ -54,6 +54,10 @@ def test_the_count_and_every_list_with_an_entry_a_layer_are_rebuilt() -> None:
     ]
 
 
+def test_as_many_layers_as_before_are_no_news() -> None:
+    assert run({"num_hidden_layers": 2}, [(0, 0), (1, 0)], {"num_hidden_layers": 2}, before=2) == ({"num_hidden_layers": 2}, [])
+
+
 def test_equal_entries_of_a_list_named_for_layers_are_cut_too() -> None:
     found, _ = run({"num_hidden_layers": 2, "layer_types": ["f", "f"], "size": [1, 2]}, [(0, 1)], before=2)
     assert found == {"num_hidden_layers": 1, "layer_types": ["f"], "size": [1, 2]}

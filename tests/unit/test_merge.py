@@ -401,6 +401,8 @@ def test_weights_go_by_name() -> None:
     [
         ({"models": "ab"}, "models: got 'ab'; give a list of models"),
         ({"models": []}, "models: there are none"),
+        ({"models": torch.nn.Sequential(torch.nn.Linear(1, 1))}, "models: got a Sequential; give a list of models"),
+        ({"models": None}, "models: got a NoneType; give a list of models"),
         ({"models": [3, {}]}, "models[0]: is a int; give modules, mappings of tensors, or paths"),
         ({"models": ["x", {}], "out": "o"}, "models[1]: is a mapping, models[0] a path"),
         ({"models": ["x"], "base": {}, "out": "o"}, "base: is a mapping, models[0] a path"),
@@ -416,6 +418,20 @@ def test_weights_go_by_name() -> None:
 def test_a_bad_request_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=re.escape(message)):
         merge("linear", **arguments)
+
+
+def test_models_may_be_any_row_of_them() -> None:
+    networks = [net(seed) for seed in range(2)]
+    wanted = merge("linear", networks).state_dict()
+    rows: list[Any] = [iter(networks), tuple(networks), torch.nn.ModuleList(networks)]
+    for row in rows:
+        found = merge("linear", row).state_dict()
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_names_that_are_no_texts_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="tensor 0 has a name of type int; name tensors by texts"):
+        merge("linear", [{0: np.ones(1)}, {0: np.ones(1)}])
 
 
 def folder_of(path: Path, seed: int, dtype: torch.dtype = torch.float32) -> Path:

@@ -144,7 +144,7 @@ def test_files_that_are_damaged_or_missing_and_an_output_that_is_there(work: Pat
     assert "is there already" in lines[2]
     lines = said("merge_method: linear\nmodels: [./a, ./gone, ./b]\nsead: 1\n", work, capsys)
     assert [line.partition(":")[0] for line in lines] == [
-        "sead", "models[1].model", "W/a/model.safetensors", "W/b/model.safetensors"
+        "sead", "models[1].model", "W/a/model.safetensors", "W/b/model.safetensors", "out"
     ]  # fmt: skip
 
 
@@ -226,4 +226,23 @@ def test_configs_with_values_of_another_type_are_refused_together(work: Path, ca
         "W/b/config.json: num_hidden_layers is '3'; it is a whole number in a sound file",
         "W/b/config.json: text_config.vocab_size is 8.5; it is a whole number in a sound file",
         "W/b/config.json: text_config.layer_types is 3; it is a list in a sound file",
+    ]
+
+
+def test_what_is_wrong_with_options_and_output_is_said_beside_the_recipe(work: Path, capsys: Capture) -> None:
+    write(work / "other", {"x": (2,)})
+    (work / "out").write_text("")
+    recipe = "merge_method: linear\nmodels: [./a, ./other]\nsead: 1\n"
+    places = [line.partition(": ")[0] for line in said(recipe, work, capsys, "--device", "tpu")]
+    apart = "models[1] (W/other)"
+    assert places == ["sead", apart, apart, "device", "out"]
+    sound = recipe.replace("sead: 1\n", "")
+    places = [line.partition(": ")[0] for line in said(sound, work, capsys, "--device", "tpu")]
+    assert places == ["device", apart, apart, "out"]
+
+
+def test_ranges_that_end_before_they_begin_have_no_length(work: Path, capsys: Capture) -> None:
+    sources = "[{model: ./a, layer_range: [3, 2]}, {model: ./b, layer_range: [0, 2]}]"
+    assert said(f"merge_method: linear\nslices: [{{sources: {sources}}}]\n", work, capsys) == [
+        "slices[0].sources[0].layer_range: got [3, 2]; the first layer and the one after the last"
     ]

@@ -134,7 +134,8 @@ def _restack(
         yield f"config.json counts {total} layers in {stack}, and the weights have {before}"
     for path in paths:
         section[path[-1]] = len(picks)
-    yield f"{stack}: {len(picks)} layers instead of {before} ({', '.join('.'.join(path) for path in paths)})"
+    if len(picks) != before:
+        yield f"{stack}: {len(picks)} layers instead of {before} ({', '.join('.'.join(path) for path in paths)})"
     others = [_at(other, paths[0][:-1]) for other in configs]
     for key, value in list(section.items()):
         if isinstance(value, list) and key in _NUMBERS_OF_LAYERS and all(type(item) is int for item in value):

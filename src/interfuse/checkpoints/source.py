@@ -269,6 +269,9 @@ def _in_memory(name: str, tensors: Mapping[str, Any], file: File | None = None) 
     places: dict[str, Place] = {}
     problems = []
     for key, value in tensors.items():
+        if not isinstance(key, str):
+            problems.append(Problem(name, f"tensor {key!r} has a name of type {type(key).__name__}", "name tensors by texts"))
+            continue
         try:
             if isinstance(value, (Stored, Strided)):
                 specs[key], places[key] = value.spec, value

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +45,8 @@ _TORCH_NAMES = {
 _SAFE_NAMES = {f"torch.{theirs}": ours for ours, theirs in _TORCH_NAMES.items()}
 _STATE_KEYS = ("state_dict", "model_state_dict", "model")
 _ZIP_HEAD = 30  # bytes before a record's name
+#: How torch names what it refuses to load.
+_NO_TENSOR = re.compile(r"GLOBAL (\S+)")
 
 
 def spec_of(tensor: Any) -> TensorSpec:
@@ -92,17 +97,30 @@ def load_file(file: LocalFile) -> Mapping[str, Any]:
     try:
         content = _load(file.path, "cpu")
     except Exception as error:  # a damaged or hostile pickle can raise anything
-        reason = str(error).strip().partition("\n")[0][:200]
-        wrong = f"can't be read as plain weights ({type(error).__name__}: {reason})"
-        raise CheckpointError(Problem(str(file.path), wrong, "save its state_dict as .safetensors")) from None
+        raise CheckpointError(Problem(str(file.path), *_refusal(error))) from None
     placed = {name: value for name, value in found.items() if value is not None}
     return {**_state_dict(file.path, content), **placed}
+
+
+def _refusal(error: Exception) -> tuple[str, str]:
+    """What is wrong with a file that torch doesn't load, and the way out: torch's own is to run what is in the file."""
+    beside = _NO_TENSOR.search(str(error))
+    if beside is not None:
+        wrong = f"can't be read as plain weights: it holds {beside[1]}, and reading that would run code"
+        return wrong, "save its state_dict as .safetensors"
+    if isinstance(error, pickle.UnpicklingError):
+        wrong = "can't be read as plain weights: it's damaged, or no file of torch's"
+        return wrong, "get the file again, or save its state_dict as .safetensors"
+    reason = str(error).strip().partition("\n")[0].partition(". ")[0][:200]
+    return f"can't be read as plain weights ({type(error).__name__}: {reason})", "get the file again"
 
 
 def _load(path: Path, device: str) -> Any:
     import torch
 
-    return torch.load(path, map_location=device, weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a newer pickle protocol: what can't be read is an error
+        return torch.load(path, map_location=device, weights_only=True)
 
 
 def _state_dict(path: Path, content: Any) -> Mapping[str, Any]:

@@ -205,7 +205,7 @@ def _check_ranges(cell: Cell, stack: Stack) -> bool:
         elif end > there.count:
             wrong = f"got [{start}, {end}], and {seat.member.reference} has {there.count} layers"
             cell.wrong.append(Problem(path, wrong, f"at most [0, {there.count}]"))
-    lengths = [seat.range[1] - seat.range[0] for seat in cell.seats if seat.range]
+    lengths = [seat.range[1] - seat.range[0] for seat in cell.seats if seat.range and seat.range[0] < seat.range[1]]
     if len(dict.fromkeys(lengths)) > 1:
         cell.wrong.append(Problem(f"{cell.group.path}.sources", f"have {lengths} layers", "as many in each source of a slice"))
     return not cell.wrong

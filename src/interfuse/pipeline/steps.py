@@ -17,7 +17,7 @@ from interfuse.checkpoints.writer import settle, whole_folder
 from interfuse.engine.estimate import room_for
 from interfuse.engine.on_device import device_for
 from interfuse.engine.output.folder import merge_into
-from interfuse.errors import OptionError, Problem, nearest
+from interfuse.errors import OptionError, Problem, UserError, nearest
 from interfuse.pipeline.adapting import merges_adapters, run_adapters
 from interfuse.pipeline.finished import code_of, description, is_saved
 from interfuse.pipeline.intended import finished_before, intended, machine, models_problems, planned, written
@@ -65,10 +65,9 @@ def run(
     Raises `UserError` with every problem, before anything is written.
     """
     started = time.monotonic()
-    chain = check(recipe, trust_code=trust_code)
+    chain = _checked(recipe, Path(out), trust_code, overwrite or resume, seed=seed, threads=threads, device=device)
     beside = Path(recipe).resolve().parent if isinstance(recipe, str | Path) else None
     chain = tuple(read.model_copy(update={} if seed is None else {"seed": seed}) for read in chain)
-    _check_options(seed, threads, device)
     how: dict[str, Any] = {"trust_code": trust_code, "threads": threads, "device": device, "progress": progress}
     chain, how_found = _with_chosen(chain, Path(out), beside, overwrite=overwrite or resume, dry_run=dry_run, **how)
     checked, of_files = chain[-1], merges_files(chain)
@@ -107,6 +106,30 @@ def run(
         )
         write(folder, chain, record, kind="weights")
     return record
+
+
+def _checked(recipe: Any, out: Path, trust_code: bool, overwrite: bool, **options: Any) -> tuple[Recipe, ...]:
+    """The recipes, ready to run with these options; where anything is wrong with either, what is with `out` is told beside."""
+    chain: tuple[Recipe, ...] = ()
+    errors: list[UserError] = []
+    try:
+        chain = check(recipe, trust_code=trust_code)
+    except UserError as error:
+        errors.append(error)
+    try:
+        _check_options(**options)
+    except UserError as error:
+        errors.append(error)
+    if not errors:
+        return chain
+    plain = bool(chain) and merges_files(chain) and not (chooses(chain[-1]) or learns(chain[-1]))
+    try:
+        planned(chain if plain else (), out, compat=False, overwrite=overwrite, inputs=_inputs(chain))
+    except UserError as error:
+        errors.append(error)
+    from interfuse.engine.wording import together
+
+    raise together(errors)
 
 
 def _said(record: RunRecord, found: Mapping[str, Any]) -> RunRecord:
