@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from benchmarks.levels.bench import Bench, Made, Row, said_of
+from benchmarks.levels.bench import RATES, Bench, Made, Row, said_of
 from benchmarks.levels.networks import PLACES
 from torch import nn
 
@@ -27,7 +27,7 @@ def fusions(bench: Bench) -> Iterator[Row]:
 
 def unseen(bench: Bench) -> Iterator[Row]:
     """Some kinds, trained on examples that the parents haven't seen; the best parent with these examples from its start."""
-    name, rate, pool = bench.best, bench.rate(bench.best), bench.task.pool
+    name, rate, pool = bench.best, RATES[bench.task.kind], bench.task.pool
     spec = {"fine-tune": name, "epochs": bench.epochs, "learning rate": rate, "on": "the pool"}
     note = f"learning rate {rate:g}"
     parent = bench.trained(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from benchmarks.levels.bench import Bench, Made, Row
+from benchmarks.levels.bench import RATES, Bench, Made, Row
 from benchmarks.levels.data import part
 from benchmarks.levels.networks import PLACES, UPPER, normalized
 from benchmarks.levels.outputs import seeds
@@ -75,7 +75,7 @@ def _student(bench: Bench) -> nn.Module:
 
 
 def _in_stages(bench: Bench) -> Made:
-    rate, student = bench.rate(bench.names[1]), _student(bench)
+    rate, student = RATES[bench.task.kind], _student(bench)
     last = {"epochs": bench.epochs - 2, "learning_rate": rate}
     stages = itf.Stages(
         [

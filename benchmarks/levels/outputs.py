@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from benchmarks.levels.bench import PARTS, SEEDS, Bench, Made, Row
+from benchmarks.levels.bench import PARTS, RATES, SEEDS, Bench, Made, Row
 from benchmarks.levels.data import part
 
 import interfuse as itf
@@ -71,7 +71,7 @@ def students(bench: Bench) -> Iterator[Row]:
 
 def _student(bench: Bench, teacher: Made, *, more: bool) -> Made:
     """With `more`, by the teacher alone, on examples that it hasn't seen too, in as many steps."""
-    rate, epochs, data, alpha = bench.rate(bench.best), bench.epochs, bench.task.train, 0.5
+    rate, epochs, data, alpha = RATES[bench.task.kind], bench.epochs, bench.task.train, 0.5
     if more:
         epochs, alpha = bench.epochs // 2 + 1, 0.0
         data = part(bench.task.pool, len(data) * bench.epochs // epochs)
