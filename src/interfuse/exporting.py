@@ -7,11 +7,12 @@ batches of any size. The written program is run beside the network before it's p
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interfuse.errors import CheckpointError, DataError, ModelError, OptionError, Problem
+from interfuse.errors import CheckpointError, DataError, ModelError, OptionError, Problem, UserError
 from interfuse.extras import require
 from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import call, prediction, tensors_of, with_each
@@ -150,7 +151,11 @@ def _traced(whole: _Flat, tensors: tuple[Tensor, ...]) -> torch.export.ExportedP
     axes = tuple({0: any_size} | ({1: if_it_can} if _is_tokens(tensor) else {}) for tensor in tensors)
     try:
         with _without_advice():
-            return torch.export.export(whole, tensors, dynamic_shapes=(axes,), strict=False)
+            whole(*tensors)  # what is wrong with the example is said by the network, not by the tracer
+            with redirect_stderr(io.StringIO()):  # where torch prints the graph that it had until an error
+                return torch.export.export(whole, tensors, dynamic_shapes=(axes,), strict=False)
+    except UserError:
+        raise
     except Exception as error:  # whatever torch finds in the network's code
         wrong = f"can't be traced: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         allowed = "a network whose forward pass doesn't depend on its inputs' values, nor on how many they are"
@@ -179,9 +184,10 @@ def _batches(program: torch.export.ExportedProgram, tensors: Sequence[Tensor]) -
     order = torch.tensor([*range(len(tensors[0])), 0])
     found = [tuple(tensors), tuple(tensor[order.to(tensor.device)] for tensor in tensors)]
     given = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"][-len(tensors) :]
-    free = [_is_tokens(t) and not isinstance(v.shape[1], int) for t, v in zip(tensors, given, strict=True)]
-    if any(free):
-        found.append(tuple(t[:, :-1].contiguous() if cut else t for t, cut in zip(tensors, free, strict=True)))
+    tokens = [(t.shape[1], str(v.shape[1]).isdigit()) for t, v in zip(tensors, given, strict=True) if _is_tokens(t)]
+    free = {length for length, _ in tokens} - {length for length, fixed in tokens if fixed}
+    if free:
+        found.append(tuple(t[:, :-1].contiguous() if _is_tokens(t) and t.shape[1] in free else t for t in tensors))
     return found
 
 
@@ -200,7 +206,9 @@ def _difference(whole: _Flat, path: Path, names: Sequence[str], batch: tuple[Ten
         raise ModelError(Problem("model", wrong, "a network that treats each example alike")) from error
     if got.shape != expected.shape:
         return float("inf")
-    return float((got.double().cpu() - expected).abs().max() / max(1.0, float(expected.abs().max())))
+    got, finite = got.double().cpu(), expected[expected.isfinite()].abs()
+    distance = torch.where(got == expected, 0.0, (got - expected).abs())  # equal infinities: classes without any chance
+    return float(distance.max() / max(1.0, float(finite.max()) if finite.numel() else 1.0))
 
 
 @contextmanager

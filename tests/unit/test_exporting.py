@@ -83,7 +83,60 @@ def test_ensembles_and_merges(suffix: str, tmp_path: Path) -> None:
         assert torch.allclose(run_written(record.path, x), model.eval()(x), atol=1e-4)
 
 
-def test_what_computes_something_else_is_not_written(tmp_path: Path) -> None:
+def linear(classes: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, classes))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("combine", ["greedy", "vote"])
+def test_ensembles_of_different_classes(combine: Any, suffix: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 4)
+    members = [linear(2), linear(3), linear(2)]
+    ensemble = itf.Ensemble(members, combine=combine, classes=[["a", "b"], ["b", "a", "c"], ["d", "a"]]).eval()
+    targets = ensemble.log_probabilities([m(x) for m in members])[1].argmax(1)  # the second is always right
+    ensemble.calibrate((x, targets), progress=False)
+    record = export(ensemble, tmp_path / f"net{suffix}", x[:2])
+    assert torch.allclose(run_written(record.path, x), ensemble(x), atol=1e-4)
+    if combine == "greedy":  # what isn't drawn isn't in the program, and has a class of its own that has no chance
+        assert ensemble.drawn == [0.0, 1.0, 0.0]
+        assert ensemble(x)[:, 3].isinf().all()
+        if suffix == ".pt2":
+            assert sum("linear" in str(node.target) for node in torch.export.load(record.path).graph.nodes) == 1
+
+
+@pytest.mark.parametrize("missing", ["token", "none"])
+def test_a_fusion_without_one_of_its_inputs(missing: Any, tmp_path: Path) -> None:
+    example: dict[str, Any] = {"image": torch.rand(3, 1, 8, 8), "row": torch.rand(3, 4)}
+    model = itf.ModelFusion({"image": cnn(), "row": linear(3)}, "gate", head=3, example=example, missing=missing).eval()
+    record = export(model, tmp_path / "net.pt2", {**example, "image": None})
+    assert record.inputs == ("row",)
+    x = torch.rand(7, 4)
+    assert torch.allclose(run_written(record.path, x), model({"row": x}), atol=1e-4)
+
+
+def test_texts_of_a_length_that_the_network_fixes(tmp_path: Path) -> None:
+    class Recurrent(Words):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.GRU(8, 8, batch_first=True)  # the tracer writes its length down
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            result: Tensor = self.out(self.layer(self.embed(input_ids))[0].mean(1))
+            return result
+
+    model = Recurrent().eval()
+    ids, mask = torch.randint(0, 20, (6, 5)), torch.ones(6, 5, dtype=torch.long)
+    record = export(model, tmp_path / "net.pt2", {"input_ids": ids[:2], "attention_mask": mask[:2]})
+    assert torch.allclose(run_written(record.path, ids, mask), model(ids, mask), atol=1e-4)
+
+
+def test_what_the_network_says_of_the_example_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"^model: needs the inputs \['attention_mask'\]"):
+        export(Words(), tmp_path / "net.pt2", {"input_ids": torch.ones(2, 4, dtype=torch.long)})
+
+
+def test_what_computes_something_else_is_not_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     class Chance(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.flatten(1) + torch.randn(x.shape[0], 64)
@@ -96,6 +149,7 @@ def test_what_computes_something_else_is_not_written(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="model"):
             export(model, tmp_path / "net.pt2", torch.rand(3, 1, 8, 8))
     assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")  # no graph beside the error
 
 
 def test_bad_arguments(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ class Labels:
         if self.names is None:
             return values
         index = torch.tensor(self.columns[k], device=values.device)
-        return values.new_full((len(values), len(self.names)), -math.inf).index_copy(1, index, values)
+        return values.new_full((values.shape[0], len(self.names)), -math.inf).index_copy(1, index, values)
 
 
 def log_probabilities_of(outputs: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ class Ensemble(Composite):
         for name in LEARNED:
             self.register_buffer(name, None)
         self.one_pass = Batched()
+        self.drawn: list[float] = []
 
     @staticmethod
     def learns(combine: str) -> bool:
@@ -157,7 +158,7 @@ class Ensemble(Composite):
         own = inputs_by_model(self.names, inputs)
         if self.batched is False or own[0] is None or any(x is not own[0] for x in own):
             return None
-        if self.combine == "greedy" and self.weight is not None and not all(self.weight.tolist()):
+        if not all(self._shares()):
             return None
 
         def one_by_one() -> list[Tensor]:
@@ -165,14 +166,20 @@ class Ensemble(Composite):
 
         return self.one_pass.run(list(self.backbones), own[0], one_by_one, self.batched)
 
+    def _shares(self) -> list[float]:
+        """Each network's share in the draws of greedy selection, 1 for other kinds: those with 0 don't run."""
+        if self.combine != "greedy" or self.weight is None:
+            return [1.0] * len(self.names)
+        if not torch.compiler.is_compiling():  # while it is traced, weights have no values: those of the last call hold
+            self.drawn = self.weight.tolist()
+        return self.drawn or [1.0] * len(self.names)
+
     def each(self, inputs: Any, *, all_of_them: bool = False) -> list[Tensor | None]:
         """Every network's outputs, (batch, its classes); None of those without inputs, or without a share in the result."""
         own = inputs_by_model(self.names, inputs)
-        shares = [1.0] * len(own)
-        if self.combine == "greedy" and self.weight is not None and not all_of_them:
-            shares = self.weight.tolist()
-            if not any(share for share, x in zip(shares, own, strict=True) if x is not None):
-                shares = [1.0] * len(own)
+        shares = self._shares()
+        if all_of_them or not any(share for share, x in zip(shares, own, strict=True) if x is not None):
+            shares = [1.0] * len(own)
         return [
             prediction(call(model, x, name), name) if x is not None and share else None
             for name, model, x, share in zip(self.names, self.backbones, own, shares, strict=True)

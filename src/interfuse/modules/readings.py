@@ -42,7 +42,7 @@ def spread(reading: Reading, rows: Tensor, present: Tensor) -> Reading:
     def over(part: Tensor | None) -> Tensor | None:
         if part is None:
             return None
-        return part.new_zeros(len(present), *part.shape[1:]).index_copy(0, rows.to(part.device), part)
+        return part.new_zeros(present.shape[0], *part.shape[1:]).index_copy(0, rows.to(part.device), part)
 
     whole = Reading(over(reading.features), over(reading.mask), over(reading.logits))
     return whole._replace(present=None if whole.features is None else present.to(whole.features.device))
@@ -54,9 +54,9 @@ def presence(readings: Sequence[Reading]) -> Tensor:
     columns = []
     for reading in readings:
         if reading.features is None:
-            columns.append(torch.zeros(len(some), dtype=torch.bool, device=some.device))
+            columns.append(torch.zeros(some.shape[0], dtype=torch.bool, device=some.device))
         elif reading.present is None:
-            columns.append(torch.ones(len(some), dtype=torch.bool, device=some.device))
+            columns.append(torch.ones(some.shape[0], dtype=torch.bool, device=some.device))
         else:
             columns.append(reading.present.to(some.device))
     return torch.stack(columns, dim=1)
@@ -90,7 +90,8 @@ def with_tokens(readings: Sequence[Reading], there: Tensor, tokens: Sequence[Ten
     for k, (reading, token) in enumerate(zip(readings, tokens, strict=True)):
         features = reading.features
         if features is None:
-            shape = (len(there), len(token)) if length is None else (len(there), length, len(token))
+            batch, width = there.shape[0], token.shape[0]  # not len(), which would fix the batch of an exported program
+            shape = (batch, width) if length is None else (batch, length, width)
             features = like.new_zeros(shape)
         away = ~there[:, k].reshape(-1, *[1] * (features.ndim - 1))
         features = torch.where(away, token.to(features.dtype), features)
