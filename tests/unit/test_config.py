@@ -56,6 +56,7 @@ def test_the_count_and_every_list_with_an_entry_a_layer_are_rebuilt() -> None:
 
 def test_as_many_layers_as_before_are_no_news() -> None:
     assert run({"num_hidden_layers": 2}, [(0, 0), (1, 0)], {"num_hidden_layers": 2}, before=2) == ({"num_hidden_layers": 2}, [])
+    assert run({"hidden_size": 8}, [(0, 0), (1, 0)], {}, before=2) == ({"hidden_size": 8}, [])
 
 
 def test_equal_entries_of_a_list_named_for_layers_are_cut_too() -> None:

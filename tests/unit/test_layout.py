@@ -270,6 +270,13 @@ def test_modules_are_found_by_prefix_or_by_the_last_part_of_one() -> None:
     assert "modules.encoder: 'model.encoder.layers.0.w' is in model too" in wrong(overlap, heads)[0]
 
 
+@pytest.mark.parametrize("part", ["unet", "unet/", "unet/mid", "mid"])
+def test_a_module_may_be_a_sub_folder(part: str) -> None:
+    names = ["unet/mid.0.w", "unet/mid.1.w", "vae/top.0.w"]
+    slots = sound({"modules": {part: {"models": ["b"]}, "default": {"models": ["a"]}}}, {n: header(names) for n in "ab"})
+    assert [name for name, slot in slots.items() if slot.group.sources == (Reference("b"),)] == names[:2]
+
+
 def test_a_module_may_be_one_layer() -> None:
     heads = {"a": header(net(12)), "b": header(net(12))}
     slots = sound({"modules": {"model.layers.1": {"models": ["b"]}, "default": {"models": ["a"]}}}, heads)

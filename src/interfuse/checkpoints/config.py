@@ -124,7 +124,8 @@ def _restack(
     stack = head.rstrip(".")
     paths = _count_paths(config, head, before, several=several)
     if not paths:
-        yield f"config.json has no number of layers for {stack}, which has {len(picks)} now"
+        if len(picks) != before:
+            yield f"config.json has no number of layers for {stack}, which has {len(picks)} now"
         return
     section: dict[str, Any] = config
     for key in paths[0][:-1]:

@@ -1,4 +1,4 @@
-"""Which tensors a named part of a network has: `encoder`, `vision_tower`, `text_decoder`, or any prefix of its names.
+"""Which tensors a named part of a network has: `encoder`, `vision_tower`, `text_decoder`, or any prefix of its names, a sub-folder (`unet/`) among them.
 
 Read off the names; there is no list of architectures. Three names also stand for what a part does, as in mergekit's
 recipes: `vision_tower`, `multi_modal_projector` and `text_decoder`, which is everything else.
@@ -41,13 +41,14 @@ def find_parts(parts: Iterable[str], names: Collection[str]) -> tuple[dict[str, 
 
 
 def _test(part: str, prefixes: Collection[str], names: Collection[str]) -> Test:
+    part = _dotted(part.rstrip("/"))
     inner = [prefix for prefix in prefixes if prefix == part or prefix.endswith(f".{part}")]
     outermost = [prefix for prefix in inner if not any(prefix.startswith(f"{other}.") for other in inner)]
-    if part in prefixes or any(name.startswith(f"{part}.") for name in names):  # `layers.3`: numbers are in no prefix
+    if part in prefixes or any(_dotted(name).startswith(f"{part}.") for name in names):  # `layers.3`: numbers are in no prefix
         outermost = [part]
     if outermost:
         heads = tuple(f"{prefix}." for prefix in outermost)
-        return lambda name: name.startswith(heads)
+        return lambda name: _dotted(name).startswith(heads)
     wanted = _ROLES.get(part)
     return lambda name: wanted is not None and _role(name) == wanted
 
@@ -62,10 +63,15 @@ def _role(name: str) -> str:
     return "vision" if any(piece in word for word in words for piece in _VISION) else "text"
 
 
+def _dotted(name: str) -> str:
+    """A name in which a sub-folder is a part like any other."""
+    return name.replace("/", ".")
+
+
 def _prefixes(names: Iterable[str]) -> dict[str, None]:
     """Every run of whole parts that a name begins with, as far as its first number."""
     found: dict[str, None] = {}
-    for name in names:
+    for name in map(_dotted, names):
         at = name.find(".")
         while at >= 0 and not name[name.rfind(".", 0, at) + 1 : at].isdigit():
             found[name[:at]] = None
