@@ -135,6 +135,34 @@ def test_any_two_networks_and_own_inputs(rows: Tensor) -> None:
     assert not any(m._forward_hooks for m in a.modules())
 
 
+class Words(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed, self.block = nn.Embedding(9, width), nn.Linear(width, width)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.block(self.embed(input_ids).tanh()).mean(dim=1)
+
+
+@pytest.mark.parametrize("measure", ["cka", "stitching"])
+def test_padding_does_not_count(measure: str) -> None:
+    torch.manual_seed(0)
+    a, b = Words(4), Words(6)
+    ids, mask = torch.randint(1, 9, (30, 7)), torch.ones(30, 7, dtype=torch.long)
+    mask[:10, 3:] = 0
+    found = []
+    for other in (ids, ids * mask, torch.cat([ids * mask, ids], dim=1)):
+        more = torch.zeros(30, other.shape[1] - 7, dtype=torch.long)
+        batch = {"input_ids": other, "attention_mask": torch.cat([mask, more], dim=1)}
+        found.append(np.array(similar(a, b, [batch], layers_a=["embed"], layers_b=["block"], measure=measure).matrix))
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+    assert found[0] == pytest.approx(found[2], abs=1e-6)
+    if measure == "stitching":
+        held = itf.stitch(a, b, ("embed", "block"), [batch], progress=False).record
+        assert held is not None
+        assert 1 - found[2] == pytest.approx(held.held_out, rel=1e-4)
+
+
 def test_blocks_of_a_list_are_layers_and_what_is_in_them_is_not() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False)
     network = nn.ModuleDict({"embed": nn.Embedding(5, 8), "encoder": encoder, "head": nn.Linear(8, 3)})

@@ -268,6 +268,17 @@ def test_the_record_says_how_much_survives(images: Tensor) -> None:
     assert lower.survives == pytest.approx(1, rel=1e-3)
 
 
+def test_a_network_of_other_classes_is_not_measured(images: Tensor) -> None:
+    a, b = nn.Sequential(*mlp(30)[:3], nn.Linear(30, 2)), mlp(12, seed=3)
+    with torch.no_grad():
+        test = (images, b(images).argmax(dim=1))
+    record = stitch(a, b, ("2", "2"), images, test=test).record
+    assert set(record.quality) == {"b", "stitched"}
+    assert record.survives == record.quality["stitched"] > 0
+    with pytest.raises(DataError, match="b: targets"):
+        stitch(b, a, ("2", "2"), images, test=test)
+
+
 def test_padding_does_not_count(images: Tensor) -> None:
     class Words(nn.Module):
         def __init__(self, width: int) -> None:

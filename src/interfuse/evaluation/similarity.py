@@ -32,7 +32,7 @@ from interfuse.modules.inputs import batch_size as size_of
 from interfuse.modules.inputs import call, inputs_by_model, move, split_batch
 from interfuse.modules.least_squares import Moments
 from interfuse.modules.places import join, layout_of
-from interfuse.modules.taps import quiet, tensor_of
+from interfuse.modules.taps import quiet, tensor_of, token_mask
 from interfuse.progress import track
 
 MEASURES = ("cka", "stitching")
@@ -109,7 +109,8 @@ def similarity(
 ) -> Similarity:
     """Compare all layers of two networks (of any families; one network with itself too) on unlabelled samples.
 
-    data: a tensor, or what `predict` reads; both networks get the same, or {"a": ..., "b": ...}.
+    data: a tensor, or what `predict` reads; both networks get the same, or {"a": ..., "b": ...}. Tokens that an attention mask
+        leaves out don't count.
     layers_a, layers_b: modules' paths; None is every block and every layer outside of blocks that runs once and gives
         features, in the order they run.
     measure: "cka", or "stitching": 1 - the error of the affine map from a's to b's features on examples that it wasn't fitted
@@ -235,7 +236,11 @@ def _both(networks: Sequence[nn.Module], layers: Sequence[list[str]], inputs: Se
 
 def _gram(tensor: Tensor, inputs: Any, module: nn.Module) -> Tensor:
     """K = X X' (n, n) with zeros as its diagonal, in float64; centred first, which changes nothing but the rounding."""
-    x = layout_of(tensor, inputs, module).arranged(tensor).flatten(1).double().cpu()
+    arranged = layout_of(tensor, inputs, module).arranged(tensor)
+    mask = token_mask(inputs, arranged) if arranged.ndim == 3 else None
+    if mask is not None:
+        arranged = torch.where(mask.unsqueeze(-1), arranged, 0)
+    x = arranged.flatten(1).double().cpu()
     x = x - x.mean(dim=0)
     return (x @ x.T).fill_diagonal_(0)
 
@@ -268,6 +273,13 @@ def _whole(tensor: Tensor, inputs: Any, module: nn.Module) -> Tensor:
     return layout_of(tensor, inputs, module).arranged(tensor).double().cpu()
 
 
+def _rows_kept(y: Tensor, inputs: Any, chosen: Tensor) -> Tensor:
+    """Which rows of y (batch, places ..., width) are of the chosen examples, and of tokens that an attention mask keeps."""
+    mask = token_mask(inputs, y) if y.ndim == 3 else None
+    rows = chosen.reshape(-1, *[1] * (y.ndim - 2)).expand(y.shape[:-1])
+    return rows if mask is None else rows & mask
+
+
 def _stitching(networks: Sequence[nn.Module], layers: Sequence[list[str]], data: Iterable[list[Any]]) -> tuple[Tensor, int]:
     pairs = [[(Moments(), Moments()) for _ in layers[1]] for _ in layers[0]]
     examples = 0
@@ -279,8 +291,9 @@ def _stitching(networks: Sequence[nn.Module], layers: Sequence[list[str]], data:
         for row, x in zip(pairs, xs, strict=True):
             for (fitting, held_out), y in zip(row, ys, strict=True):
                 moved = join(x, tuple(y.shape[1:-1]))
-                fitting.add(moved[~held].flatten(0, -2), y[~held].flatten(0, -2))
-                held_out.add(moved[held].flatten(0, -2), y[held].flatten(0, -2))
+                for moments, chosen in ((fitting, ~held), (held_out, held)):
+                    rows = _rows_kept(y, inputs[1], chosen)
+                    moments.add(moved[rows], y[rows])
     if examples < _HELD_OUT:
         raise DataError(Problem("data", f"{examples} examples", f"at least {_HELD_OUT}: every fifth is held out"))
     errors = [[held_out.error(*fitting.solve(_RIDGE)) for fitting, held_out in row] for row in pairs]

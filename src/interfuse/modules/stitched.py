@@ -36,7 +36,8 @@ class StitchRecord:
         examples that it was fitted to; held_out: that of a fit to four fifths of the examples, on the others. The second
         is the honest one: with few examples the first is too low. None where there are fewer than five examples.
     examples: how many inputs were read; rows: places and tokens counted each.
-    quality: of a, b and the stitched network on the test data by `metric`; empty without test data.
+    quality: of a (where its predictions fit b's targets), b and the stitched network on the test data by `metric`; empty
+        without test data.
     """
 
     at: tuple[str, str]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ def stitch(
     at: the modules' paths; tokens, maps and vectors of any widths. Places that differ in number are joined by interpolation
         (`modules.places`); tokens that an attention mask leaves out don't count.
     data: unlabelled samples, a few hundred or more: a tensor, or what `predict` reads (targets are left out of account).
-    test: other data, with targets, on which a, b and the stitched network are measured by `metric`.
+    test: other data, with b's targets, on which b, the stitched network, and a where its predictions fit, are measured by
+        `metric`.
     ridge: from 0 up, times the mean variance of a's features, holds back weights that the samples don't determine.
     samples: stop with the batch that makes so many examples; None takes all.
     copy: whether the networks are copied, or become part of the result.
@@ -81,10 +83,12 @@ def stitch(
     result = Stitched(networks[0], networks[1], at, source, target, places=reader.places, before=before, copy=copy)
     result.references = tuple(given if isinstance(given, str) else None for given in (a, b))
     error, honest = _solve(result, fitting, held_out, ridge)
-    quality = {}
+    quality: dict[str, float] = {}
     if test is not None:
         trio = {"a": networks[0], "b": networks[1], "stitched": result.eval()}
-        quality = {name: _quality(model, test, measure, batch_size, name) for name, model in trio.items()}
+        for name, model in trio.items():
+            with suppress(UserError) if name == "a" else nullcontext():  # a may predict other classes, or nothing
+                quality[name] = _quality(model, test, measure, batch_size, name)
     rows = fitting.rows + held_out.rows
     result.record = StitchRecord(at, error, honest, examples, rows, measure.name, measure.higher, quality)
     return result
