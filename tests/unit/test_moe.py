@@ -441,6 +441,20 @@ def test_recipes_that_cant_be_read(work: Path, change: Callable[[dict[str, Any]]
     assert not (work / "out").exists()
 
 
+def test_what_else_is_wrong_is_told_beside_values_of_the_wrong_form(tmp_path: Path) -> None:
+    experts = [{"source_model": "b", "positive_prompt": ["a"]}, {"source_model": "c"}]
+    content = {"base_model": "a", "gate_mode": "hiden", "dtype": "bf", "experts_per_token": 5, "experts": experts}
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError) as raised:
+        interfuse.moe(content, tmp_path / "out", device="tpu")
+    places = [problem.path for problem in raised.value.problems]
+    wanted = ["device", "experts[0].positive_prompt", "gate_mode", "experts_per_token", "dtype", str(tmp_path / "out")]
+    assert places == wanted
+    with pytest.raises(UserError) as raised:
+        load_mixture({"base_model": "a", "experts": 3, "dtype": "q"})
+    assert [problem.path for problem in raised.value.problems] == ["experts", "dtype"]
+
+
 def test_all_that_is_wrong_in_a_recipe_comes_at_once(work: Path) -> None:
     content = recipe(experts_per_token=9, dtype="bf17", architecture="zzz")
     content["experts"][1].pop("positive_prompts")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from interfuse.checkpoints.writer import check_output, whole_folder
 from interfuse.engine.opening import Commits, fetch, open_references
 from interfuse.engine.output.card import Made, write_card
 from interfuse.engine.output.folder import merge_into
-from interfuse.errors import OptionError, Problem
+from interfuse.errors import OptionError, Problem, UserError
 from interfuse.mixture.gates import gate_vectors
 from interfuse.mixture.layouts import PARTS
 from interfuse.mixture.noise import with_noise
@@ -75,11 +76,7 @@ def moe(
     Raises `UserError` with every problem, before anything is written.
     """
     started = time.monotonic()
-    read = load_mixture(recipe)
-    if seed is not None:
-        read = read.model_copy(update={"seed": seed})
-    _check_device(device)
-    mixture, sources = opened(read)
+    read, mixture, sources = _decided(recipe, out, seed, device, overwrite=overwrite)
     record = Mixture(
         None if dry_run else Path(out),
         mixture.layout.architecture,
@@ -98,6 +95,34 @@ def moe(
     with whole_folder(out, overwrite=overwrite, inputs=inputs, nbytes=nbytes) as folder:
         make_into(read, mixture, sources, folder, threads=threads, device=device, progress=progress)
     return replace(record, seconds=time.monotonic() - started)
+
+
+def _decided(
+    recipe: Any, out: str | Path, seed: int | None, device: str | None, *, overwrite: bool
+) -> tuple[MixtureRecipe, MixturePlan, list[Checkpoint]]:
+    """The recipe with that seed, its plan and its models; where anything is wrong, what is with the rest is told beside."""
+    errors: list[UserError] = []
+
+    @contextmanager
+    def gathered() -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            errors.append(error)
+
+    with gathered():
+        _check_device(device)
+    with gathered():
+        read = load_mixture(recipe)
+        read = read if seed is None else read.model_copy(update={"seed": seed})
+        mixture, sources = opened(read)
+    if not errors:
+        return read, mixture, sources
+    with gathered():
+        check_output(out, overwrite=overwrite)
+    from interfuse.engine.wording import together
+
+    raise together(errors)
 
 
 def opened(recipe: MixtureRecipe, commits: Commits | None = None) -> tuple[MixturePlan, list[Checkpoint]]:

@@ -75,7 +75,7 @@ def load_mixture(source: str | Path | Mapping[str, Any] | MixtureRecipe) -> Mixt
     try:
         recipe = MixtureRecipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(*_unreadable(error)) from None
+        raise RecipeError(*_unreadable(error), *_further(raw, error)) from None
     problems = list(_problems(recipe))
     if problems:
         raise RecipeError(*problems)
@@ -93,6 +93,24 @@ def _unreadable(error: ValidationError) -> list[Problem]:
             problem = Problem(problem.path, "unknown key", allowed)
         found.append(problem)
     return found
+
+
+def _further(raw: Mapping[str, Any], error: ValidationError) -> Iterator[Problem]:
+    """What else is wrong, save what may follow from that: prompts, where an expert or the gate_mode is at fault."""
+    at_fault = {str(item["loc"][0]) for item in error.errors()}
+    rest = {"base_model": "?", **{key: value for key, value in raw.items() if key not in at_fault}}
+    if at_fault & {"gate_mode", "experts"}:
+        rest["gate_mode"] = "random"
+    if "experts" in at_fault:
+        listed = raw.get("experts")
+        known = isinstance(listed, list) and bool(listed)
+        rest["experts"] = [{"source_model": "?"}] * (len(listed) if known else 2)
+        rest = rest if known else {key: value for key, value in rest.items() if key != "experts_per_token"}
+    try:
+        recipe = MixtureRecipe.model_validate(rest)
+    except ValidationError:
+        return
+    yield from (problem for problem in _problems(recipe) if problem.path.partition("[")[0] not in at_fault)
 
 
 def _problems(recipe: MixtureRecipe) -> Iterator[Problem]:
