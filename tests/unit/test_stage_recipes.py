@@ -19,7 +19,7 @@ from tests.unit.recipes import SEEDED, folder_of
 
 import interfuse as itf
 from interfuse.data import load_data
-from interfuse.errors import CheckpointError, ModelError, RecipeError
+from interfuse.errors import CheckpointError, ModelError, OptionError, RecipeError
 from interfuse.pipeline import load_run, run
 from interfuse.pipeline.growing import form_of, made_of
 
@@ -181,6 +181,12 @@ def test_what_cannot_grow_is_said_before_anything_is_trained(work: Path, monkeyp
     recipe["stages"][1]["grow"] = {"wider": {"nowhere": 12}}
     with pytest.raises(ModelError, match=r"stages\[1\]\.grow: .*nowhere"):
         run(recipe, "out", trust_code=True, progress=False)
+    recipe = staged()
+    recipe["stages"][1]["training"]["train_only"] = ["4.*", "9.*"]  # the first is there once it has grown
+    with pytest.raises(OptionError) as raised:
+        run(recipe, "out", trust_code=True, progress=False)
+    assert [problem.path for problem in raised.value.problems] == ["stages[1].training.train_only"]
+    assert "'9.*' matches no parameter" in str(raised.value)
     assert not (work / "out").exists()
 
 

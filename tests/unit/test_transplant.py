@@ -415,6 +415,7 @@ def test_rows_by_the_tokens_of_two_folders(tmp_path: Path) -> None:
         ({"rules": {"0.*": 3, 1: "1.*"}, "depth": 3}, ["rules['0.*']", "rules[1]", "depth"]),
         ({"depth": {"": 3, "layers": {0: "x"}}}, ["depth['']", "depth['layers']"]),
         ({"adapt": 3}, ["adapt"]),
+        ({"adapt": "crp", "rules": {"9.*": "0.*"}}, ["rules['9.*']", "adapt"]),
         ({"adapt": {"0.*": 3, "4.*": "crp"}}, ["adapt['0.*']", "adapt['4.*']"]),
         ({"vocabulary": (3, {"a": 0})}, ["vocabulary: source"]),
         ({"vocabulary": ({"a": "x"}, {"a": 0})}, ["vocabulary: source"]),

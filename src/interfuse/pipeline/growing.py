@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from interfuse.data import Data
-from interfuse.errors import ModelError, Problem, UserError
+from interfuse.errors import ModelError, OptionError, Problem, UserError
 from interfuse.inference.batches import first
 from interfuse.modules.inputs import move, split_batch
 from interfuse.pipeline.record import DESCRIPTION
 from interfuse.recipe import Recipe
-from interfuse.recipe.sections import Grow
+from interfuse.recipe.sections import Grow, Stage
 from interfuse.transfer.build import build
 from interfuse.transfer.grow import grow
+from interfuse.transfer.stage_checks import unmatched
 
 _EXAMPLES = 4
 Growth = Callable[[nn.Module], nn.Module]
@@ -33,13 +34,15 @@ def rehearsed(
 ) -> list[Growth | None]:
     """What grows the network at each stage (None: nothing does), tried in order; `target` is left as it is.
 
-    Raises `ModelError` where a stage can't grow what those before it have left, or a Transformers config can't say it.
+    Raises `ModelError` where a stage can't grow what those before it have left, or a Transformers config can't say it;
+    `OptionError` where a stage then trains what isn't there.
     """
     found: list[Growth | None] = []
-    network = target
+    network, problems = target, []
     for i, stage in enumerate(recipe.stages or ()):
         if stage.grow is None:
             found.append(None)
+            problems += _untrained(stage, network, i)
             continue
         growth = _growth(stage.grow, _example(own[i] or sets), recipe.seed)
         try:
@@ -48,7 +51,17 @@ def rehearsed(
         except UserError as error:
             raise ModelError(*(p._replace(path=f"stages[{i}].grow: {p.path}") for p in error.problems)) from None
         found.append(growth)
+        problems += _untrained(stage, network, i)
+    if problems:
+        raise OptionError(*problems)
     return found
+
+
+def _untrained(stage: Stage, network: nn.Module, number: int) -> list[Problem]:
+    """Patterns of what a stage trains that fit nothing in the network as it is then."""
+    patterns = None if stage.training is None else stage.training.train_only
+    names = [name for name, _ in network.named_parameters()]
+    return [Problem(f"stages[{number}].training.train_only", *wrong) for wrong in unmatched(patterns, names)]
 
 
 def _growth(asked: Grow, example: Any, seed: int) -> Growth:

@@ -84,7 +84,7 @@ def check_run(stages: Sequence[Stage], target: nn.Module, models: Mapping[str, n
         errors += _copies(stage, f"stages[{i}]", goal, models)
         if stage.grow is not None:
             break
-        unfit = [Problem(f"stages[{i}].train", *wrong) for wrong in _unmatched(stage.train, parameters)]
+        unfit = [Problem(f"stages[{i}].train", *wrong) for wrong in unmatched(stage.train, parameters)]
         errors += [OptionError(*unfit)] if unfit else []
     if errors:
         raise together(errors)
@@ -103,7 +103,7 @@ def _copies(stage: Stage, path: str, goal: Checkpoint, models: Mapping[str, nn.M
             yield kind(*(p._replace(path=f"{path}.copied[{name!r}]: {p.path}") for p in error.problems))
 
 
-def _unmatched(train: Sequence[str] | str | None, parameters: Sequence[str]) -> list[tuple[str, str]]:
+def unmatched(train: Sequence[str] | str | None, parameters: Sequence[str]) -> list[tuple[str, str]]:
     """Patterns of what is trained that fit no parameter."""
     patterns = [train] if isinstance(train, str) else list(train or ())
     return [

@@ -140,9 +140,12 @@ def _made(
     state: Mapping[str, Any],
 ) -> Prepared:
     problems = check_ways(adapt, list(goal.specs))
+    try:
+        matches = match(origin.specs, goal.specs, rules, depth)
+    except OptionError as error:
+        raise OptionError(*error.problems, *problems) from None
     if problems:
         raise OptionError(*problems)
-    matches = match(origin.specs, goal.specs, rules, depth)
     rows = None if vocabulary is None else _rows(vocabulary, origin, goal, matches)
     plan = _planned(origin, goal, matches, adapt, rows, state)
     return Prepared(origin, goal, plan, matches, _report(plan, matches, origin, goal))
