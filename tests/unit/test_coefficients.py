@@ -198,3 +198,10 @@ def test_the_same_seed_gives_the_same_coefficients() -> None:
     base, experts, data = nets()
     found = [learn_coefficients(base, experts, data, steps=4, seed=seed).values for seed in (1, 1, 2)]
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("objective", ["entropy", "teacher"])
+def test_one_output_is_no_distribution(objective: Any) -> None:
+    base = nn.Sequential(nn.Linear(4, 1))
+    with pytest.raises(itf.ModelError, match=rf"experts\['a'\]: predictions \(6, 1\), whose {objective} says nothing"):
+        itf.learn_coefficients(base, {"a": base}, {"a": [torch.randn(6, 4)]}, objective=objective, steps=1, progress=False)

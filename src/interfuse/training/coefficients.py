@@ -212,6 +212,9 @@ class _Loss:
             if targets is None:
                 raise DataError(Problem(f"data[{task!r}]", "it has no targets", "give (inputs, targets)"))
             return cross_entropy(outputs, targets.to(self.device))
+        if outputs.ndim < 2 or outputs.shape[-1] < 2:
+            wrong = f"predictions {tuple(outputs.shape)}, whose {self.objective} says nothing"
+            raise ModelError(Problem(f"experts[{task!r}]", wrong, "one output a class"))
         logs = outputs.log_softmax(-1)
         if self.objective == "entropy":
             return -(logs.exp() * logs).sum(-1).mean()
