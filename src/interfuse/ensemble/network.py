@@ -83,7 +83,7 @@ class Ensemble(Composite):
             raise OptionError(*problems)
         self.combine, self.batched = combine, batched
         self.names, self.backbones, self.references = members(models, copy=copy)
-        self.spaces = _spaces(self.names, classes)
+        self.spaces = label_spaces(self.names, classes)
         self.labels = Labels() if self.spaces is None else Labels.join(self.spaces)
         if combine in ("logits", "log_probabilities") and not self.labels.alike:
             wrong = f"got {combine!r} for networks with different classes"
@@ -273,7 +273,7 @@ class _Each(Composite):
         return self.ensemble.log_probabilities(outputs).transpose(0, 1)
 
 
-def _spaces(names: Sequence[str], classes: Names | None) -> tuple[tuple[str, ...], ...] | None:
+def label_spaces(names: Sequence[str], classes: Names | None) -> tuple[tuple[str, ...], ...] | None:
     """Each network's class names, or an `OptionError` with everything that is wrong with them."""
     if classes is None:
         return None

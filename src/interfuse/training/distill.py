@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, mse_loss
 
 from interfuse.ensemble.combine import Labels
-from interfuse.ensemble.network import LOGITS, SOFT
+from interfuse.ensemble.network import LOGITS, SOFT, Names, label_spaces
 from interfuse.errors import DataError, ModelError, OptionError, Problem, nearest
 from interfuse.evaluation.metrics import AnyMetric, are_probabilities, find_metric, score
 from interfuse.inference.batches import first
@@ -28,7 +28,7 @@ from interfuse.inference.predict import predict
 from interfuse.modules.inputs import call, move, prediction, split_batch
 from interfuse.modules.members import members
 from interfuse.modules.taps import quiet
-from interfuse.training.fit import FitRecord, fit
+from interfuse.training.fit import FitRecord, fit, wrong_options
 from interfuse.training.losses import Loss, loss_for
 from interfuse.training.teaching import COMBINE, Hint, Hinted, Lesson, Teachers, hints_of, loader_of, numbered, target, taught
 
@@ -57,7 +57,7 @@ def distill(
     temperature: float = 2.0,
     alpha: float = 0.5,
     combine: Literal["mean", "confidence", "per_task"] = "mean",
-    classes: Sequence[Sequence[str]] | None = None,
+    classes: Names | None = None,
     hints: Mapping[str, Any] | None = None,
     hint_weight: float = 1.0,
     loss: str | Loss = "auto",
@@ -76,15 +76,16 @@ def distill(
     temperature: above 0. alpha: the task loss's share, in [0, 1]; loss: the task loss, as for `fit`.
     combine: how several teachers are weighted for each example: all alike; by confidence in the label, or without labels in
         themselves; or per_task, by who knows the label, from `classes`.
-    classes: each teacher's class names in the order of its outputs, where they differ: the student's are all names in the
-        order they are first seen.
+    classes: each teacher's class names in the order of its outputs, where they differ, a list a teacher or a dict by name:
+        the student's are all names in the order they are first seen.
     hints: {teacher's module: student's module} whose features are to follow; with several teachers {teacher: {..}}.
     metric: what the best epoch is chosen by; default accuracy on labels, without labels agreement with the teachers.
     The rest are `fit`'s options. Raises `OptionError`, `ModelError` and `DataError` before anything is trained.
     """
     names, networks, _ = members([teachers] if isinstance(teachers, nn.Module) else teachers, copy=False)
-    pairs = _check(names, networks, student, temperature, alpha, combine, classes, hints, hint_weight, options)
-    labels = Labels() if classes is None else Labels.join(classes)
+    own = {**options, "loss": loss, "metric": metric, "batch_size": batch_size, "seed": seed}
+    pairs, spaces = _check(names, networks, student, temperature, alpha, combine, classes, hints, hint_weight, own)
+    labels = Labels() if spaces is None else Labels.join(spaces)
     school = Teachers(names, networks, pairs)
     loaders = {"train": loader_of(train, batch_size, shuffle=True, seed=seed, name="train")}
     if validation is not None:
@@ -240,7 +241,9 @@ def _check_lessons(lessons: Mapping[str, Lesson], labels: Labels, combine: str) 
         found = lesson.labels
         if found is not None and not found.is_floating_point() and widths[0] > 1 and found.numel():
             count = widths[0] if labels.names is None else len(labels.names)
-            if int(found.min()) < 0 or int(found.max()) >= count:
+            if found.ndim != 1:
+                problems.append(Problem(name, f"labels of shape {tuple(found.shape)}", "class numbers (n,), or floats"))
+            elif int(found.min()) < 0 or int(found.max()) >= count:
                 problems.append(Problem(name, f"labels from {int(found.min())} to {int(found.max())}", f"0 to {count - 1}"))
     if problems:
         raise DataError(*problems)
@@ -257,8 +260,8 @@ def _check(
     hints: Any,
     hint_weight: float,
     options: Mapping[str, Any],
-) -> list[Hint]:
-    """The hints as a list, or an `OptionError` with everything that is wrong among the options."""
+) -> tuple[list[Hint], Sequence[Sequence[str]] | None]:
+    """The hints as a list and each teacher's class names, or an `OptionError` with everything wrong among the options."""
     rules = {
         "student": (student, isinstance(student, nn.Module), "a torch.nn.Module"),
         "temperature": (temperature, _number(temperature) and temperature > 0, "a number above 0"),
@@ -270,13 +273,15 @@ def _check(
         problems.append(Problem("combine", f"got {combine!r}", nearest(str(combine), COMBINE)))
     if combine == "per_task" and classes is None:
         problems.append(Problem("classes", "missing", "combine='per_task' needs each teacher's class names"))
-    if classes is not None and len(classes) != len(names):
-        problems.append(Problem("classes", f"{len(classes)} lists for {len(names)} teachers", "one list a teacher"))
-    pairs = [] if hints is None else hints_of(hints, names)
-    if hints and len(names) > 1:
-        problems += [
-            Problem(f"hints[{n!r}]", "no teacher has this name", nearest(str(n), names)) for n in hints if n not in names
-        ]
+    spaces, pairs = None, []
+    try:
+        spaces = label_spaces(names, classes)
+    except OptionError as error:
+        problems += error.problems
+    if misfits := _hint_problems(hints, names):
+        problems += misfits
+    else:
+        pairs = hints_of(hints, names)
     for k, path, own in pairs if isinstance(student, nn.Module) else []:
         for model, at, who in ((networks[k], path, names[k]), (student, own, "the student")):
             known = [p for p, _ in model.named_modules(remove_duplicate=False)]
@@ -285,9 +290,30 @@ def _check(
     for name in ("train_only", "lora") if pairs else ():
         if options.get(name) is not None:
             problems.append(Problem(name, "beside hints", "hints are for layers that are trained: leave one of the two out"))
+    problems += wrong_options(options)
     if problems:
         raise OptionError(*problems)
-    return pairs
+    return pairs, spaces
+
+
+def _hint_problems(hints: Any, names: Sequence[str]) -> list[Problem]:
+    """Hints of another form than modules' paths by path, those of several teachers by name."""
+    if hints is not None and not isinstance(hints, Mapping):
+        return [Problem("hints", f"got {hints!r}", "{teacher's module: student's module}")]
+    given = dict(hints or {})
+    if len(names) == 1 and not (given and set(given) <= set(names)):
+        by_name = {"hints": given}
+        problems = []
+    else:
+        by_name = {f"hints[{name!r}]": pairs for name, pairs in given.items() if name in names}
+        problems = [
+            Problem(f"hints[{n!r}]", "no teacher has this name", nearest(str(n), names)) for n in given if n not in names
+        ]
+    return problems + [
+        Problem(path, f"got {pairs!r}", "{teacher's module: student's module}, by paths")
+        for path, pairs in by_name.items()
+        if not isinstance(pairs, Mapping) or not all(isinstance(part, str) for pair in pairs.items() for part in pair)
+    ]
 
 
 def _number(value: Any) -> bool:
