@@ -41,7 +41,8 @@ def levels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     for name in ("small", "wide"):
         monkeypatch.setitem(part["networks"].PLACES, name, ("0", "1"))
         monkeypatch.setitem(part["networks"].UPPER, name, ("4.*",))
-    monkeypatch.setattr(part["bench"], "RATES", (1e-2,))
+    monkeypatch.setitem(part["bench"].RATES, "image", 1e-2)
+    monkeypatch.setitem(part["bench"].EPOCHS, "image", 3)
     for name in ("bench", "outputs"):
         monkeypatch.setattr(part[name], "SEEDS", (0, 1))
     random = np.random.default_rng(0)

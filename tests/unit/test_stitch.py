@@ -269,7 +269,7 @@ def test_the_record_says_how_much_survives(images: Tensor) -> None:
 
 
 def test_a_network_of_other_classes_is_not_measured(images: Tensor) -> None:
-    a, b = nn.Sequential(*mlp(30)[:3], nn.Linear(30, 2)), mlp(12, seed=3)
+    a, b = nn.Sequential(*list(mlp(30))[:3], nn.Linear(30, 2)), mlp(12, seed=3)
     with torch.no_grad():
         test = (images, b(images).argmax(dim=1))
     record = stitch(a, b, ("2", "2"), images, test=test).record

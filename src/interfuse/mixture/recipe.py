@@ -103,9 +103,9 @@ def _further(raw: Mapping[str, Any], error: ValidationError) -> Iterator[Problem
         rest["gate_mode"] = "random"
     if "experts" in at_fault:
         listed = raw.get("experts")
-        known = isinstance(listed, list) and bool(listed)
-        rest["experts"] = [{"source_model": "?"}] * (len(listed) if known else 2)
-        rest = rest if known else {key: value for key, value in rest.items() if key != "experts_per_token"}
+        count = len(listed) if isinstance(listed, list) else 0
+        rest["experts"] = [{"source_model": "?"}] * (count or 2)
+        rest = rest if count else {key: value for key, value in rest.items() if key != "experts_per_token"}
     try:
         recipe = MixtureRecipe.model_validate(rest)
     except ValidationError:
