@@ -538,7 +538,7 @@ def test_other_bases(tmp_path: Path) -> None:
     (bare / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no config.json"):
         interfuse.moe({"base_model": str(bare), "experts": prompts}, tmp_path / "out")
-    with pytest.raises(OptionError, match="device: got 'tpu'; cpu or cuda"):
+    with pytest.raises(CheckpointError, match=r"device: got 'tpu'; cpu or cuda\n.*has no config.json"):
         interfuse.moe({"base_model": str(bare), "experts": prompts}, tmp_path / "out", device="tpu")
     assert not (tmp_path / "out").exists()
 
