@@ -21,11 +21,12 @@ def main() -> None:
     rows = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
     sets = list(dict.fromkeys(row["set"] for row in rows))
     pyplot.rcParams.update({"svg.hashsalt": "interfuse", "font.size": 9})
-    figure, panels = pyplot.subplots(1, len(sets), figsize=(4.6 * len(sets), 3.8), squeeze=False, layout="constrained")
-    for axes, name in zip(panels[0], sets, strict=True):
+    lines = -(-len(sets) // 2)
+    figure, panels = pyplot.subplots(lines, 2, figsize=(9.2, 3.8 * lines), squeeze=False, layout="constrained")
+    for axes, name in zip(panels.flat, sets, strict=False):
         draw(axes, name, [row for row in rows if row["set"] == name])
-    panels[0][0].set_ylabel("accuracy on the test part")
-    panels[0][-1].legend(frameon=False, fontsize=8, loc="lower right")
+        axes.set_ylabel("accuracy on the test part")
+    panels.flat[len(sets) - 1].legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(HERE / "levels.svg", metadata={"Date": None})
 
 
