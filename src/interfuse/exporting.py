@@ -10,9 +10,8 @@ from __future__ import annotations
 import io
 import os
 import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from interfuse.errors import CheckpointError, DataError, ModelError, OptionError, Problem, UserError
-from interfuse.extras import require
+from interfuse.extras import require, silenced
 from interfuse.modules.fused import ModelFusion
 from interfuse.modules.inputs import call, prediction, tensors_of, with_each
 from interfuse.modules.taps import quiet
@@ -77,7 +76,7 @@ def export(
         program = _traced(whole, tuple(given.values()))
         part = path.with_name(f".{path.name}.part{path.suffix}")
         try:
-            with _without_advice():
+            with silenced("torch.onnx"):
                 _WRITERS[path.suffix](program, part, names)
                 found = max(_difference(whole, part, names, batch) for batch in _batches(program, list(given.values())))
             if not found <= tolerance:
@@ -150,7 +149,7 @@ def _traced(whole: _Flat, tensors: tuple[Tensor, ...]) -> torch.export.ExportedP
     any_size, if_it_can = torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO
     axes = tuple({0: any_size} | ({1: if_it_can} if _is_tokens(tensor) else {}) for tensor in tensors)
     try:
-        with _without_advice():
+        with silenced("torch.onnx"):
             whole(*tensors)  # what is wrong with the example is said by the network, not by the tracer
             with redirect_stderr(io.StringIO()):  # where torch prints the graph that it had until an error
                 return torch.export.export(whole, tensors, dynamic_shapes=(axes,), strict=False)
@@ -209,19 +208,3 @@ def _difference(whole: _Flat, path: Path, names: Sequence[str], batch: tuple[Ten
     got, finite = got.double().cpu(), expected[expected.isfinite()].abs()
     distance = torch.where(got == expected, 0.0, (got - expected).abs())  # equal infinities: classes without any chance
     return float(distance.max() / max(1.0, float(finite.max()) if finite.numel() else 1.0))
-
-
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """Without torch's remarks on its own exporter."""
-    import logging
-
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -1,8 +1,12 @@
-"""Optional libraries, imported where they are used. Not a plugin system: one function and one table."""
+"""Optional libraries, imported where they are used, and kept quiet. Not a plugin system: two functions and one table."""
 
 from __future__ import annotations
 
 import importlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from interfuse.errors import MissingExtra
@@ -38,3 +42,17 @@ def require(module: str) -> ModuleType:
         if top not in _EXTRA or (error.name or "").partition(".")[0] != top:
             raise  # something inside the library is broken: its own message says more
         raise MissingExtra(f"{top} isn't installed: pip install 'interfuse[{_EXTRA[top]}]'", name=top) from error
+
+
+@contextmanager
+def silenced(name: str) -> Iterator[None]:
+    """Without warnings, and without what the logger of that name says below an error: advice to a library's own users."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

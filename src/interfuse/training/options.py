@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from interfuse.errors import OptionError, Problem, nearest
 from interfuse.evaluation.metrics import find_metric
-from interfuse.extras import require
+from interfuse.extras import require, silenced
 from interfuse.training.losses import LOSSES
 
 #: Options of Lightning's that have another name here, or stand among `fit`'s own.
@@ -48,25 +45,11 @@ def _of_lightning(given: Mapping[str, Any], own: Sequence[str]) -> list[Problem]
     plain = {name: value for name, value in given.items() if isinstance(value, str | int | float)}
     if not problems and plain:
         try:
-            with _silence():
+            with silenced("lightning.pytorch"):
                 kind(**{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **plain})
         except Exception as error:  # whatever Lightning's many connectors raise
             problems.append(Problem(", ".join(plain), str(error), "what lightning.pytorch.Trainer takes on this machine"))
     return problems
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Without Lightning's remarks: they come when it runs."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _whole(least: int) -> Callable[[Any], bool]:
